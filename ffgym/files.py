@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import reprlib
 import secrets
 import shutil
@@ -26,7 +27,11 @@ from safetensors import SafetensorError
 
 from ffgym.errors import FFGymError, OutputError
 
-NOT_WRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+FULL, FORBIDDEN = frozenset({errno.ENOSPC, errno.EDQUOT}), frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+NOT_WRITABLE = FULL | {errno.EFBIG, errno.EROFS}
+# What else there is to do where a place cannot be written.
+ELSEWHERE, OUTPUT_OPTION = "choose another place", "choose another place with --output"
+COPY = "copy the folder to a place that you may write to"
 MOST_BYTES = 64 << 20  # of a JSON file, or of a line; pydantic's parser nests at most 200 deep
 MOST_TOML_BYTES = 256 << 10  # tomllib takes quadratic time and memory where keys are long
 MOST_DOTS = 500  # in a line of TOML: a dotted key nests as deep as it has dots
@@ -167,11 +172,12 @@ def _first_problem(error: ValidationError) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, way_out: str = ELSEWHERE) -> Iterator[None]:
     """Make the folder that ``path`` goes into; what the disk refuses becomes an ``OutputError`` with a next step.
 
     Args:
         path: the file that the block writes.
+        way_out: what else there is to do, e.g. `OUTPUT_OPTION` where an option chose the place.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,8 +187,18 @@ def writing(path: Path) -> Iterator[None]:
             raise
         raise OutputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}",
-            hint="Make room on the disk, or choose another folder.",
+            hint=_next_step(error, way_out),
         ) from error
+
+
+def _next_step(error: Exception, way_out: str) -> str:
+    """Only a full disk has to be emptied."""
+    code = getattr(error, "errno", None)
+    if said := re.search(r"\(os error (\d+)\)", str(error)):
+        code = int(said[1])
+    if code in FULL:
+        return f"Make room on the disk, or {way_out}."
+    return f"You may not write there: {way_out}." if code in FORBIDDEN else f"{way_out[0].upper()}{way_out[1:]}."
 
 
 def is_of_disk(error: Exception) -> bool:
@@ -198,15 +214,18 @@ def check_room(folder: Path, needed: int, what: str, hint: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, way_out: str = ELSEWHERE) -> Iterator[Path]:
     """Give the block a hidden place beside ``path`` to write a file or a folder to.
 
     It takes the place of ``path`` where the block ends well; else what was there before still is.
 
+    Args:
+        way_out: as `writing` takes it.
+
     Raises:
         OutputError: it cannot be written.
     """
-    with writing(path):
+    with writing(path, way_out):
         part = path.with_name(f".{path.name}.part-{secrets.token_hex(4)}")
         try:
             yield part
@@ -253,7 +272,7 @@ def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None
     """Refuse a file that could not be written later, before anything is measured for it.
 
     Args:
-        path: the file.
+        path: the file, which ``--output`` chooses.
         endings: those that are known, such as ``.json``.
         overwrite: it may be there already.
 
@@ -269,12 +288,16 @@ def check_file(path: Path, endings: Collection[str], *, overwrite: bool) -> None
         raise OutputError(f"{path} is a folder", hint="Name a file.")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists", hint="Choose another name, or pass --overwrite.")
-    check_writable(path)
+    check_writable(path, OUTPUT_OPTION)
 
 
-def check_writable(path: Path) -> None:
-    """Raise ``OutputError`` where a file could not be written; the folder that it goes into is made."""
-    with writing(path), tempfile.TemporaryFile(dir=path.resolve().parent):
+def check_writable(path: Path, way_out: str) -> None:
+    """Raise ``OutputError`` where a file could not be written; the folder that it goes into is made.
+
+    Args:
+        way_out: as `writing` takes it.
+    """
+    with writing(path, way_out), tempfile.TemporaryFile(dir=path.resolve().parent):
         pass
 
 
@@ -298,7 +321,7 @@ def disk_errors() -> Iterator[None]:
             raise
         raise OutputError(
             f"cannot write {error.filename or 'results'}: {error.strerror}",
-            hint="Make room on the disk, or choose another folder with --output DIR.",
+            hint=_next_step(error, "choose another folder with --output DIR"),
         ) from error
 
 

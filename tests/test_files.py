@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_tables import made_up_table
 from made_up_episodes import episode
+from safetensors import SafetensorError
 from stored_runs import write_run
 from tiny_tokenizers import byte_level
 
@@ -121,6 +123,28 @@ def test_what_is_written_in_the_place_of_a_folder_or_a_file_is_whole(tmp_path: P
             part.write_text("new")
     assert (tmp_path / "folder" / "content").read_text() == (tmp_path / "file").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Make room on the disk, or choose another place."),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Make room on the disk, or choose another place."),
+        (SafetensorError("I/O: No space left (os error 28)"), "Make room on the disk, or choose another place."),
+        (SafetensorError("I/O: Read-only (os error 30)"), "You may not write there: choose another place."),
+        (OSError(errno.EROFS, "Read-only file system"), "You may not write there: choose another place."),
+        (PermissionError(errno.EACCES, "Permission denied"), "You may not write there: choose another place."),
+        (OSError(errno.EFBIG, "File too large"), "Choose another place."),
+    ],
+)
+def test_only_a_full_disk_has_to_be_emptied(error: Exception, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write") as raised, replacing(tmp_path / "file"):
+        raise error
+    assert raised.value.hint == hint
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS):
+        with pytest.raises(OutputError, match="cannot write results") as raised, disk_errors():
+            raise error
+        assert raised.value.hint == hint.replace("place", "folder with --output DIR")
 
 
 def test_what_tokenizers_says_of_a_full_disk_is_an_error_with_a_next_step(

@@ -27,7 +27,7 @@ from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table,
 from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import CONFIGURATION, flatten
 from ffgym.costs.timing import computing_threads
-from ffgym.files import check_writable, disk_errors, write_text
+from ffgym.files import COPY, check_writable, disk_errors, write_text
 from ffgym.pipeline.agent import make_agent
 from ffgym.prepare.workers import cluster_of
 from ffgym.report.progress import Reporter
@@ -72,7 +72,7 @@ def bench(
                 missing = _missing(benches)
                 written = [each.file.with_suffix(".md") for each in benches] + [cell.path for _, cell in missing]
                 for path in {path.parent: path for path in written}.values():
-                    check_writable(path)  # before hours of work, not after them
+                    check_writable(path, COPY)  # before hours of work, not after them
                 wanted = WorkersTable(count=workers, ray_address=ray_address)
                 cluster = stack.enter_context(_workers(wanted, missing, reporter))
                 runs = _open_runs(benches, missing, stack, reporter)

@@ -66,7 +66,13 @@ def export(
         raise typer.BadParameter("name what to write, once", param_hint="--output PATH or --gguf FILE")
     options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
     with Reporter().stage(f"write {target.name}", 1) as stage:
-        written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)
+
+        def progress(done: int, total: int) -> None:
+            if done == 0:
+                stage.restart()
+            stage(done, total)
+
+        written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=progress)
     if as_json:
         print_json(asdict(written))
         return

@@ -215,7 +215,7 @@ def _refuse_device(device: str) -> None:
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="demo (or dense), folders, .gguf files, hub ids", show_default=False),
+        typer.Argument(help="demo (or dense), folders of models or runs, .gguf files, hub ids", show_default=False),
     ] = None,
     more: Annotated[list[str] | None, typer.Option("--model", help="another model; repeatable")] = None,
     tasks: Annotated[

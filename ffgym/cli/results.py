@@ -11,7 +11,7 @@ from ffgym.cli.app import app
 from ffgym.cli.options import ExperimentOption, JsonOption, RootOption
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import TrackingTable
-from ffgym.files import write_text
+from ffgym.files import OUTPUT_OPTION, check_writable, write_text
 
 
 @app.command()
@@ -43,6 +43,7 @@ def compare(
     if len(runs) < 2:
         raise typer.BadParameter("name at least two runs", param_hint="RUN")
     output = output.expanduser()
+    check_writable(output / "comparison.md", OUTPUT_OPTION)
     found = compare_runs([stored_run(run, Path(root).expanduser(), experiment) for run in runs])
     table = found.layout()
     write_text(output / "comparison.md", table.markdown())

@@ -50,7 +50,7 @@ def load_config(path: str | Path | None = None, overrides: str | Sequence[str] =
             hint="Pass tables by name: load_config(**tables).",
         )
     overrides = [overrides] if isinstance(overrides, str) else overrides
-    command_line = _merged(parsed_overrides(overrides), _given(values, RunConfig))
+    command_line = _merged(parsed_overrides(overrides), given_values(values, RunConfig))
     file = read_toml(Path(path).expanduser()) if path is not None else {}
     if file.keys() >= {"agents", "seeds"}:
         raise ConfigError(
@@ -191,14 +191,14 @@ def _parse_literal(text: str) -> Any:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _given(values: Mapping[str, Any], table: type[BaseModel]) -> JSONDict:
+def given_values(values: Mapping[str, Any], table: type[BaseModel]) -> JSONDict:
     """Drop ``None``, which the caller did not give, unless the table has no such key: that shall be refused."""
     given: JSONDict = {}
     for key, value in values.items():
         is_known = key in table.model_fields or issubclass(table, PluginTable)
         if isinstance(value, Mapping):
             is_table = is_known and table is RunConfig and key != "seed"
-            value = _given(value, table_model(key) if is_table else PluginTable)
+            value = given_values(value, table_model(key) if is_table else PluginTable)
         if not is_known or (value is not None and value != {}):
             given[key] = value
     return given

@@ -8,9 +8,11 @@ the dense model back and ends the episode. Nothing here changes over time: ramps
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -20,7 +22,7 @@ from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
 from ffgym.errors import DataError, UnknownNameError
-from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, Request
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, OneThread, Request
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
@@ -114,6 +116,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         executor: has allocations measured; this process measures them where left out.
         on_close: called by ``close``.
 
+    Attributes:
+        one_thread: held by ``reset`` and ``step``; while one thread is in either, another one is refused.
+
     Raises:
         BudgetError: a sparsity out of reach.
         DataError: an episode that does not fit the windows, or a reward that needs examples or prices which are not
@@ -176,6 +181,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self.executor = executor or ModelEvaluator(
             prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
         )
+        self.one_thread = OneThread()
         self._on_close = on_close
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
@@ -222,30 +228,33 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
         Raises:
             BudgetError: a sparsity out of reach.
-            DataError: a subset that is empty, or names windows that are not there; examples that are not there, or
-                none for a reward that needs accuracy.
+            DataError: an option of another type; a subset that is empty, or names windows that are not there; examples
+                that are not there, or none for a reward that needs accuracy.
+            ModelError: another thread is using the environment.
             UnknownNameError: an option that does not exist.
         """
         options = options or {}
         for option in options:
             if option not in RESET_OPTIONS:
-                raise UnknownNameError("reset option", option, RESET_OPTIONS)
-        super().reset(seed=seed)
-        self._target = float(options.get("sparsity", self.sparsity))
-        self.budget.check(self._target)
-        subset: Sequence[int] | None = options.get("subset")
-        self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else self._checked(subset)
-        examples: Sequence[int] | None = options.get("examples")
-        self._examples = (
-            self.draw_examples(self.np_random, len(self._subset))
-            if examples is None
-            else self._checked_examples(examples)
-        )
-        self._slopes = bool(options.get("slopes", False))
-        return self.observation(), {}
+                raise UnknownNameError("reset option", str(option), RESET_OPTIONS)
+        # All is checked before anything changes: a task that is refused leaves the one before it.
+        target = _number("sparsity", options.get("sparsity", self.sparsity))
+        self.budget.check(target)
+        subset, examples = options.get("subset"), options.get("examples")
+        subset = None if subset is None else self._checked(subset)
+        examples = None if examples is None else self._checked_examples(examples)
+        slopes = options.get("slopes", False)
+        if not isinstance(slopes, bool | np.bool_):
+            raise _mistyped("slopes", slopes, "True or False")
+        with self.one_thread:
+            super().reset(seed=seed)
+            self._target, self._slopes = target, bool(slopes)
+            self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else subset
+            self._examples = self.draw_examples(self.np_random, len(self._subset)) if examples is None else examples
+            return self.observation(), {}
 
     def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
-        indices = tuple(int(i) for i in subset)
+        indices = _indices("subset", subset)
         if not indices or min(indices) < 0 or max(indices) >= len(self.windows):
             raise DataError(
                 f"the subset {list(indices)} cannot be used for an episode: it needs at least one of the search"
@@ -255,7 +264,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         return indices
 
     def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
-        indices = tuple(int(i) for i in examples)
+        indices = _indices("examples", examples)
         if self._tasks and not indices:
             raise DataError(
                 f"reward {self.reward.name!r} needs accuracy, and this episode was given no task examples",
@@ -278,26 +287,28 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Prune as the action says, measure, put the dense model back.
 
         Raises:
+            ModelError: another thread is using the environment.
             ResetNeeded: before the first ``reset``.
         """
-        if not self._subset:
-            raise ResetNeeded("Cannot call env.step() before calling env.reset()")
-        allocation = self.budget.project(action, self._target)
-        trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
-        (outcome,) = self.outcomes([trial])
-        self._last = allocation, outcome.reward
-        info: Info = {
-            "kept": np.array(allocation.kept, dtype=np.int64),
-            "sparsity": allocation.sparsity,
-            "loss": outcome.pruned.loss,
-            "dense_loss": outcome.dense.loss,
-            "tokens": outcome.tokens,
-            "failed": int(outcome.failed),
-            **{OBJECTIVE + name: value for name, value in outcome.objectives.items()},
-        }
-        if outcome.slopes is not None:
-            info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
-        return self.observation(), outcome.reward, True, False, info
+        with self.one_thread:
+            if not self._subset:
+                raise ResetNeeded("Cannot call env.step() before calling env.reset()")
+            allocation = self.budget.project(action, self._target)
+            trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
+            (outcome,) = self.outcomes([trial])
+            self._last = allocation, outcome.reward
+            info: Info = {
+                "kept": np.array(allocation.kept, dtype=np.int64),
+                "sparsity": allocation.sparsity,
+                "loss": outcome.pruned.loss,
+                "dense_loss": outcome.dense.loss,
+                "tokens": outcome.tokens,
+                "failed": int(outcome.failed),
+                **{OBJECTIVE + name: value for name, value in outcome.objectives.items()},
+            }
+            if outcome.slopes is not None:
+                info |= {"slopes": outcome.slopes, "slope_tokens": outcome.slope_tokens}
+            return self.observation(), outcome.reward, True, False, info
 
     def render(self) -> np.ndarray | None:
         """Draw what the last episode kept of every sublayer, or the dense model before the first.
@@ -371,6 +382,27 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if "cost" not in self.reward.needs:
             return None
         return {resource: prices.allocation(kept).cost for resource, prices in self.prices.items()}
+
+
+def _number(option: str, given: Any) -> float:
+    if isinstance(given, SupportsFloat) and not isinstance(given, bool):
+        with suppress(TypeError):  # an array of several numbers
+            return float(given)
+    raise _mistyped(option, given, "a number")
+
+
+def _indices(option: str, given: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(each) for each in given)
+    except TypeError:
+        raise _mistyped(option, given, "a list of whole numbers") from None
+
+
+def _mistyped(option: str, value: object, wanted: str) -> DataError:
+    return DataError(
+        f"the reset option {option!r} is {value!r}, and it should be {wanted}",
+        hint="Correct it, or leave the option out.",
+    )
 
 
 def _by_task(

@@ -14,7 +14,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, DataError
 
 
 class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
@@ -27,7 +27,8 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         centre: importances that the action 0 stands for, shape (2L,); 0 where left out.
 
     Raises:
-        ConfigError: another autoreset mode, where every second step would be a reset without a reward.
+        ConfigError: another autoreset mode, where every second step would be a reset without a reward; a centre of
+            another shape.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], centre: np.ndarray | None = None) -> None:
@@ -42,6 +43,11 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         assert isinstance(space, Box), "importances are a box"
         self.importance_space = space
         self.centre = np.zeros(space.shape, np.float32) if centre is None else np.asarray(centre, np.float32)
+        if self.centre.shape != space.shape:
+            raise ConfigError(
+                f"the centre has shape {self.centre.shape}, and importances have shape {space.shape}",
+                hint="Give one importance for each sublayer, or leave the centre out.",
+            )
         self._actions: np.ndarray | None = None
         offsets = Box(space.low - self.centre, space.high - self.centre, dtype=np.float32)
         super().__init__(env.num_envs, env.single_observation_space, offsets)
@@ -53,13 +59,20 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
 
     def reset(self) -> np.ndarray:
         """Begin; of the seeds and options that have been set, the first ones decide everything."""
-        observations, _ = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
-        self._reset_seeds()
+        seed, options = self._seeds[0], self._options[0] or None
+        self._reset_seeds()  # before they are used: what is refused once must not come back with every reset
         self._reset_options()
+        observations, _ = self.env.reset(seed=seed, options=options)
         return np.asarray(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Remember the offsets, shape (num_envs, 2L)."""
+        """Remember the offsets, shape (num_envs, 2L); raises ``DataError`` for another shape."""
+        shape = (self.num_envs, *self.action_space.shape)
+        if np.shape(actions) != shape:
+            raise DataError(
+                f"actions have shape {np.shape(actions)}, not {shape}: (environments, sublayers)",
+                hint="Give one action for each environment.",
+            )
         self._actions = actions
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:

@@ -35,7 +35,9 @@ FINAL_INFO = ("kept", "reward", "loss", "dense_loss", "sparsity", "tokens", "fai
 
 
 def first_seed(seed: SupportsIndex | Sequence[SupportsIndex | None] | None) -> int | None:
-    """The seed of a reset: of a list the first one counts."""
+    """The seed of a reset: of a list the first one counts; raises ``DataError`` where there is none in it."""
+    if not isinstance(seed, SupportsIndex | None) and not len(seed):
+        raise DataError("seed is an empty list", hint="Give one number, one for each environment, or None.")
     first = seed if seed is None or isinstance(seed, SupportsIndex) else seed[0]
     return None if first is None else operator.index(first)
 
@@ -138,14 +140,16 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Of a list of seeds the first one counts.
 
         Raises:
+            DataError: an empty list of seeds.
             UnknownNameError: there are no options, because the schedule sets the task of every update.
         """
         for option in options or {}:
-            raise UnknownNameError("reset option of the vector environment", option, ())
-        super().reset(seed=first_seed(seed))
-        if self.schedule.low is not None:
-            self._first_place, self._first_update = float(self.np_random.random()), self._update
-        return self._begin(), {}
+            raise UnknownNameError("reset option of the vector environment", str(option), ())
+        with self.env.one_thread:
+            super().reset(seed=first_seed(seed))
+            if self.schedule.low is not None:
+                self._first_place, self._first_update = float(self.np_random.random()), self._update
+            return self._begin(), {}
 
     def step(self, actions: np.ndarray) -> Step:
         """Measure one update and begin the next.
@@ -160,7 +164,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if not self._texts:
             raise ResetNeeded("Cannot call env.step() before calling env.reset()")
         shape = (self.num_envs, len(self.env.budget.sublayers))
-        return self.measure(check_actions(actions, shape))
+        with self.env.one_thread:
+            return self.measure(check_actions(actions, shape))
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what every episode of the last update kept; see `PruningEnv.render`."""

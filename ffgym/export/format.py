@@ -57,7 +57,7 @@ class ExportFormat(Plugin, ABC):
             folder: what ffgym saved, or a stock checkpoint.
             target: the file or folder to write; its parents are created.
             overwrite: replace what is there.
-            progress: called with (tensors written, tensors in all).
+            progress: called with (tensors written, tensors in all), first with 0 written, once the model is open.
 
         Raises:
             ModelError: the folder holds no model, or one that the format cannot represent.

@@ -21,7 +21,7 @@ from ffgym.errors import ModelError
 from ffgym.export.checkpoint import refuse_occupied
 from ffgym.export.format import OTHERWISE, Exported, ExportFormat, Progress
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
-from ffgym.files import replacing
+from ffgym.files import OUTPUT_OPTION, replacing
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import quiet
@@ -71,7 +71,7 @@ class NemotronNas(ExportFormat):
         refuse_occupied(place, overwrite)
         config, checkpoint = read_checkpoint(folder)
         config.allow_global_per_layer_attribute_access = True  # the dense model's sizes
-        with quiet(), replacing(place) as part:  # transformers warns wherever those sizes are read
+        with quiet(), replacing(place, OUTPUT_OPTION) as part:  # transformers warns wherever those sizes are read
             _check(config, checkpoint)
             layers = [_layer(index, config) for index in range(config.num_hidden_layers)]
             part.mkdir()
@@ -151,6 +151,7 @@ def _layer(index: int, config: Any) -> _Layer:
 def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoint, progress: Progress) -> int:
     """Write the weights, a file a layer and one for the rest; returns how many numbers they are."""
     count, places, written = len(layers) + 1, dict[str, str](), 0
+    progress(0, count)
     for number, tensors in enumerate((_ends(config, checkpoint), *(_read(layer, checkpoint) for layer in layers)), 1):
         name = f"model-{number:05}-of-{count:05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})

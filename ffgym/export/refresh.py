@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ffgym.errors import ModelError
-from ffgym.files import write_text
+from ffgym.files import COPY, check_writable, write_text
 from ffgym.models.families import register_saved
 from ffgym.models.loading_errors import explained
 from ffgym.models.modeling_ffgym import PREFIX
@@ -42,6 +42,7 @@ def refresh(folder: Path) -> list[Path]:
     check_architecture(config)
     with tempfile.TemporaryDirectory() as scratch:
         renewed = _renewed(place, Path(scratch))
+        check_writable(place / "config.json", COPY)
         for made in reversed(renewed):  # the class file first: config.json names classes in it
             write_text(place / made.name, made.read_text(encoding="utf-8"))
         return [place / made.name for made in renewed]

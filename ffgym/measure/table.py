@@ -134,10 +134,10 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
     loaded, peak = dense.net_loaded - pruned.net_loaded, dense.net_peak - pruned.net_peak
     weights = found.dense.weight_bytes - found.pruned.weight_bytes
     cache = batch * length * (found.dense.kv_bytes - found.pruned.kv_bytes)
-    more = f", and the cache at the peak {humane(cache, 'B')}" if cache else ""
+    more = f", and the cache at the peak {_less(cache)}" if cache else ""
     return (
         f"Memory: {what}{libraries}; peak at {batch} x {length:,} tokens{loading}. The pruned model takes "
-        f"{_less(loaded)} once loaded and {_less(peak)} at the peak; the parameters say {humane(weights, 'B')}{more}."
+        f"{_less(loaded)} once loaded and {_less(peak)} at the peak; the parameters say {_less(weights)}{more}."
     )
 
 

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffgym.errors import ModelError, raising_if_out_of_memory
@@ -224,7 +225,8 @@ def evaluate_models(
     """Measure several models, one after the other, on the same tasks.
 
     Args:
-        names: what :func:`ffgym.models.loading.load` takes; ``"dense"`` is another name of the demo model.
+        names: what :func:`ffgym.models.loading.load` takes, or folders of runs, whose models are meant; ``"dense"`` is
+            another name of the demo model.
         limit: examples to measure a task, the first ones; ``None`` for all.
 
     Yields:
@@ -237,7 +239,7 @@ def evaluate_models(
 
     done: list[ModelScores] = []
     for name in names:
-        model = load(_own_name(name), dtype=dtype, device=device, any_family=True)
+        model = load(_loaded_name(name), dtype=dtype, device=device, any_family=True)
         scores = ModelScores(name, model.description, model.dtype_name, str(model.device))
         done.append(scores)
         for task in tasks.tasks:
@@ -253,16 +255,23 @@ def check_models(names: Sequence[str]) -> None:
     """Refuse models that are not there, before the first of them is measured.
 
     Raises:
-        ModelError: a folder that holds no model, a missing file, pickled weights.
+        ModelError: a folder that holds no model, or several, a missing file, pickled weights.
     """
     from ffgym.models.loading import check_source
 
-    for name in sorted(map(_own_name, names), key=lambda name: name == DENSE_MODEL):  # which may have to be fetched
+    for name in sorted(map(_loaded_name, names), key=lambda name: name == DENSE_MODEL):  # which may have to be fetched
         check_source(name)
 
 
-def _own_name(name: str) -> str:
-    return DENSE_MODEL if name == DENSE else name
+def _loaded_name(name: str) -> str:
+    """What `load` takes for it."""
+    from ffgym.models.checkpoint import models_of_run
+    from ffgym.models.origin import model_folder
+
+    if name in (DENSE, DENSE_MODEL):
+        return DENSE_MODEL
+    folder = Path(name).expanduser()
+    return str(model_folder(folder)) if models_of_run(folder) else name
 
 
 def paper_means(results: Sequence[TaskResult]) -> tuple[Figure, ...]:

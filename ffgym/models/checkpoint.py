@@ -26,6 +26,7 @@ NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 ADAPTER = "adapter_config.json"
 MERGE = "Merge it: merge_and_unload of PEFT's model, then save_pretrained into another folder"
 PICKLED = ("*.bin", "*.pt", "*.pth")
+MODEL_OF_RUN = re.compile(r"model(-[01]\.\d+)?(-recovered)*")
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -98,12 +99,18 @@ def weight_tensors(folder: Path) -> dict[str, TensorFile]:
     return tensors
 
 
+def models_of_run(folder: Path) -> list[str]:
+    """Names of the models in the folder of a run: ``model``, or one for each budget; and what training made of them."""
+    names = [path.parent.name for path in folder.glob("model*/config.json")]
+    return sorted(filter(MODEL_OF_RUN.fullmatch, names))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Content of the ``config.json`` in a folder."""
     config = folder / "config.json"
     if not config.is_file():
-        if (folder / "model" / "config.json").is_file():
-            raise ModelError(f"{str(folder)!r} is the folder of a run", hint=f"Name {str(folder / 'model')!r}.")
+        if models := [repr(str(folder / name)) for name in models_of_run(folder)]:
+            raise ModelError(f"{str(folder)!r} is the folder of a run", hint=f"Name {' or '.join(models)}.")
         if (folder / ADAPTER).is_file():
             raise ModelError(f"folder {str(folder)!r} holds an adapter without its model", hint=f"{MERGE}.")
         raise ModelError(

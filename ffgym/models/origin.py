@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ffgym.data.hub import is_hub_id
 from ffgym.errors import ConfigError, ModelError
 from ffgym.files import FileFormat
-from ffgym.models.checkpoint import weight_files, weight_tensors
+from ffgym.models.checkpoint import models_of_run, weight_files, weight_tensors
 from ffgym.models.loading import DEMO_BASE
 from ffgym.models.loading_errors import AGAIN
 
@@ -34,6 +34,7 @@ class _Record(BaseModel):
 
 
 RECORD = FileFormat("record of a dense model", _Record, ConfigError, "Name the dense model with --dense MODEL.")
+LICENSE_KEYS = ("license", "license_name", "license_link")
 CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
 
 
@@ -65,23 +66,23 @@ class DenseModel:
 
 
 def model_folder(folder: Path) -> Path:
-    """The folder of a saved model: the one given, or ``model`` in the folder of a run.
+    """The folder of a saved model: the one given, or ``model`` in the folder of a run that holds no other.
 
     Raises:
-        ModelError: neither holds a model.
+        ModelError: it holds no model, or it is that of a run and holds several.
     """
     place = folder.expanduser()
     if not place.exists():
         raise ModelError(f"{str(folder)!r} does not exist", hint="Name the folder of a saved model, e.g. runs/x/model.")
-    for candidate in (place, place / "model"):
-        if (candidate / "config.json").is_file():
-            return candidate
+    if (place / "config.json").is_file():
+        return place
+    if models := models_of_run(place):
+        if models == ["model"]:
+            return place / "model"
+        raise ModelError(
+            f"{str(folder)!r} holds several models: {', '.join(models)}", hint=f"Name one, e.g. {folder / models[0]}."
+        )
     if (place / "config.toml").is_file():
-        if points := sorted(path.parent.name for path in place.glob("model-*/config.json")):
-            raise ModelError(
-                f"the run in {str(folder)!r} has saved several models: {', '.join(points)}",
-                hint=f"Name one, e.g. {folder / points[0]}.",
-            )
         go_on = f"ffgym run --resume {shlex.quote(str(folder))}"
         if (place / "report.json").is_file():
             go_on += " --set output.save_model=true"
@@ -131,8 +132,18 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
         if model.name is not None or (file == run and file.is_file()):
             return DenseModel(model.name or "demo", model.revision or None, str(file))
     card = folder / "README.md"
-    base = _base_model(card)
+    base = _line(_front_matter(card), "base_model")
     return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
+
+
+def stated_license(folder: Path) -> dict[str, str]:
+    """What the card of a model says of its licence, by the Hub's keys; empty where there is none that can be read."""
+    try:
+        front = _front_matter(folder / "README.md")
+    except ModelError:
+        return {}
+    found = {key: _line(front, key) for key in LICENSE_KEYS}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def hub_base(name: str) -> str | None:
@@ -158,12 +169,14 @@ def weights_on_disk(folder: Path) -> tuple[int, str]:
     return sum(file.stat().st_size for file in weight_files(folder)), DTYPES.get(dtype, dtype)
 
 
-def _base_model(card: Path) -> str | None:
-    """What the front matter of a model card calls the base model."""
-    if not card.is_file():
-        return None
-    front = re.match(r"---\n(.*?)\n---", CARD.text(card), flags=re.DOTALL)
-    found = (
-        re.search(r"^base_model:[ \t]*[\"']?([^\"'\n]+?)[\"']?[ \t]*$", front[1], flags=re.MULTILINE) if front else None
-    )
-    return found[1] if found else None
+def _front_matter(card: Path) -> str:
+    """The YAML at the top of a model card; empty where there is none."""
+    found = re.match(r"---\n(.*?)\n---", CARD.text(card), flags=re.DOTALL) if card.is_file() else None
+    return found[1] if found else ""
+
+
+def _line(front: str, key: str) -> str | None:
+    """What the front matter of a model card says for a key in one line; ``None`` also for a list."""
+    line = next((line for line in front.split("\n") if line.startswith(f"{key}:")), "")
+    value = line.removeprefix(f"{key}:").partition(" #")[0].strip()
+    return None if value.startswith("[") else value.strip("\"'") or None

@@ -16,7 +16,7 @@ from ffgym.data.splits import Split
 from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
-from ffgym.models.origin import hub_base
+from ffgym.models.origin import hub_base, stated_license
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.pruning.budget import width_step
@@ -40,7 +40,7 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
 }
 MEASURED_TEXTS = 24  # enough for a curve, and a small part of a long search
-DEMO_LICENSE = "apache-2.0"
+DEMO_LICENSE = {"license": "apache-2.0"}
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 SAVED_NOTE = "the refit that is saved, since it has the lower loss on windows of the search split"
 FINAL_NOTE = "; heuristics do not get this refit"
@@ -268,7 +268,7 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
     card = model_card(
         title=f"{name}, {percent(found.target)} of {config.prune.resource} pruned",
         base_model=hub_base(config.model.name),
-        license=DEMO_LICENSE if is_demo else None,
+        license=DEMO_LICENSE if is_demo else stated_license(Path(config.model.name).expanduser()),
         table=table,
         sublayers=prunable.sublayers,
         allocation=allocation,

@@ -22,7 +22,7 @@ from ffgym.config.toml import differences, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import FileFormat, check_writable, exclusive_lock, write_text
+from ffgym.files import COPY, FileFormat, check_writable, exclusive_lock, write_text
 from ffgym.prepare import configured
 from ffgym.types import JSONDict
 
@@ -186,7 +186,7 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
             f"a run is resumed in its own folder, {folder}, and output.dir = {asked!r} is another",
             hint="Leave --output out, or start a new run there with --config and the config.toml of this one.",
         )
-    check_writable(folder / "run.json")
+    check_writable(folder / "run.json", COPY)
     return folder.resolve()
 
 

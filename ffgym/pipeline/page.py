@@ -22,8 +22,7 @@ def run_page(run: StoredRun) -> Page:
     share = " to ".join(map(percent, dict.fromkeys(config.prune.ends)))
     removed = f"{share} of its prunable {config.prune.resource}"
     model = model_folder(config, folder, config.main_target)
-    trained = output_folder(model)
-    saved = trained if config.recover.method != "none" and trained.is_dir() else model
+    saved = [place for place in (model, output_folder(model)) if (place / "config.json").is_file()]
     again = f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW"
     unfinished = table is None or not read_record(folder).results
     warnings = ["This run is not finished. The command at the end of this page goes on with it."] if unfinished else []
@@ -47,7 +46,7 @@ def run_page(run: StoredRun) -> Page:
         },
         table=None if table is None else table.layout(),
         pictures={folder / name: caption for name, caption in PICTURES.items()},
-        load=load_line(saved).replace("; ", "\n") if (saved / "config.json").is_file() else "",
+        load="\n\n".join(load_line(place).replace("; ", "\n") for place in saved),
         repeat=resume_command(folder) if unfinished else again,
         configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
     )

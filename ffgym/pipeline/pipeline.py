@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
+import torch
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
@@ -54,6 +55,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: None = No
 def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path) -> RunResult | FinishedRun: ...
 
 
+@torch.inference_mode(False)  # the caller may be in it, and statistics, slopes and training need gradients
 def run(
     config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None
 ) -> RunResult | FinishedRun:

@@ -11,7 +11,7 @@ from string import Template
 from typing import Literal
 
 from ffgym.errors import OutputError, PluginError
-from ffgym.files import replacing, write_text
+from ffgym.files import OUTPUT_OPTION, replacing, write_text
 from ffgym.plugins import manager
 from ffgym.plugins.kinds import KINDS
 
@@ -62,7 +62,7 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
         f"{kind}.py": f"{module}/__init__.py",
         "test.py": f"tests/test_{module.removeprefix('ffgym_')}.py",
     }
-    with replacing(folder) as part:
+    with replacing(folder, OUTPUT_OPTION) as part:
         for template, place in places.items():
             text = files("ffgym.plugins").joinpath("templates", f"{template}.template").read_text("utf-8")
             write_text(part / place, Template(text).substitute(words))

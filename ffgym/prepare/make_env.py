@@ -6,13 +6,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import load_config
+from ffgym.config.toml import given_values, layered, load_config
 from ffgym.data.splits import ROLES
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ConfigError, UnknownNameError
+from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.prepare.parts import LOADING, build_env, load_parts, make_budget, make_reward, make_schedule, prepare_model
 from ffgym.prepare.workers import cluster_of, report_idle_workers, shared_executor
 from ffgym.report.progress import Reporter
@@ -34,7 +36,8 @@ def make_pruning_env(
         config: a ``RunConfig``, the same as nested dicts, or the path of a TOML file; defaults where left out.
         render_mode: ``"rgb_array"``, or ``None`` for no pictures.
         num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
-        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; not together with a ``RunConfig``.
+        tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; their keys win over those of ``config``.
+            Not together with a ``RunConfig``.
 
     Raises:
         FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
@@ -43,6 +46,7 @@ def make_pruning_env(
     return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
 
 
+@torch.inference_mode(False)  # the caller may be in it, and some criteria and heuristics need gradients
 def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> PruningEnv:
     """The environment of a configuration, for steps of this many episodes."""
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):
@@ -88,6 +92,8 @@ def make_pruning_vector_env(
     full episodes: ramps follow it, ``tokens_left`` counts it, and nothing ends when it is spent.
     The arguments and errors are those of `make_pruning_env`; workers share the episodes of a step.
     """
+    if num_envs < 1:
+        raise DataError(f"num_envs is {num_envs}: an update needs episodes", hint="Give 1 or more.")
     config = _resolved(config, tables, num_workers)
     env = _pruning_env(config, num_envs, render_mode)
     budget = config.search.episodes * env.episode_windows * env.window_tokens
@@ -107,7 +113,7 @@ def _resolved(
         file = config
     else:
         given = config.model_dump() if isinstance(config, RunConfig) else config or {}
-    tables = {**given, **tables}
+    tables = layered(given, given_values(tables, RunConfig))
     if workers is not None and isinstance(counted := tables.get("workers", {}), dict):
         tables["workers"] = {**counted, "count": workers}
     return load_config(file, **tables)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ffgym.errors import OutputError
 from ffgym.export.checkpoint import refuse_occupied
-from ffgym.files import check_writable, exclusive_lock
+from ffgym.files import OUTPUT_OPTION, check_writable, exclusive_lock
 from ffgym.models.origin import model_folder, record_files
 
 
@@ -35,7 +35,7 @@ def place_lock(place: Path) -> Iterator[None]:
         OutputError: another training holds it, or it cannot be written to.
     """
     lock = place.with_name(f".{place.name}.lock")
-    check_writable(lock)
+    check_writable(lock, OUTPUT_OPTION)
     with exclusive_lock(lock) as mine:
         if not mine:
             raise OutputError(

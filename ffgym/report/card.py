@@ -52,7 +52,7 @@ def model_card(
     *,
     title: str,
     base_model: str | None,
-    license: str | None,
+    license: Mapping[str, str],
     table: ReportTable,
     sublayers: Sequence[Sublayer],
     allocation: Allocation,
@@ -68,7 +68,7 @@ def model_card(
 
     Args:
         base_model: the Hub id of the dense model; ``None`` for a model that the Hub does not know.
-        license: the Hub's identifier of the dense model's licence, e.g. ``"apache-2.0"``; ``None`` if not known.
+        license: what is known of the dense model's licence, by the Hub's keys, e.g. ``{"license": "apache-2.0"}``.
         sublayers: the dense model's 2L sublayers, in the order of ``allocation.kept``.
         allocation: what the saved model keeps.
         quantity: what its budget counted, e.g. ``"KV-cache bytes"``.
@@ -99,13 +99,12 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(base_model: str | None, license: str | None, task: str) -> str:
+def _front_matter(base_model: str | None, license: Mapping[str, str], task: str) -> str:
     """Write the Hub's metadata; JSON strings are YAML strings, whatever they contain."""
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     if base_model is not None:
         lines.append(f"base_model: {json.dumps(base_model)}")
-    if license is not None:
-        lines.append(f"license: {json.dumps(license)}")
+    lines += [f"{key}: {json.dumps(value)}" for key, value in license.items()]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 

@@ -24,7 +24,7 @@ class Page:
         pictures: captions by PNG file; what is not there is left out.
         repeat: the command that does it again, or goes on with it.
         configuration: the whole of it, as TOML.
-        load: Python that loads the saved model; empty where there is none.
+        load: Python that loads the saved models; empty where there is none.
         warnings: what a reader must know before anything else.
     """
 

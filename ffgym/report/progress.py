@@ -108,6 +108,10 @@ class Stage:
         self.total = total
         self.advance(done - self.done)
 
+    def restart(self) -> None:
+        """Start the clock again: what went before, such as importing libraries, says nothing of the pace."""
+        self._begun = time.monotonic()
+
     def advance(self, steps: int = 1, note: str = "", *, is_known: bool = False) -> None:
         """Move on.
 

@@ -48,6 +48,15 @@ def test_models_side_by_side(folder: Path, tmp_path: Path) -> None:
     assert f"{folder}, piqa: done in" in done.stderr
 
 
+def test_the_folder_of_a_run_will_do_unless_it_holds_several_models(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    arguments = (str(tmp_path / "run"), "--tasks", "piqa", "--limit", "2", "--json")
+    (model,) = json.loads(call(*arguments).stdout)["models"]
+    assert (model["name"], model["description"]) == (str(tmp_path / "run"), "folder model")
+    shutil.copytree(folder, tmp_path / "run" / "model-recovered")
+    refused(call(*arguments), "several models: model, model-recovered")
+
+
 def test_json_is_all_that_stdout_holds_and_twice_the_same(folder: Path) -> None:
     arguments = ("--model", str(folder), "--tasks", "piqa, lambada_openai", "--limit", "2", "--json")
     first, second = (json.loads(call(*arguments).stdout) for _ in range(2))

@@ -20,7 +20,7 @@ from ffgym.criteria.wanda import Wanda
 from ffgym.envs.check import complaints
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import FFGymError
+from ffgym.errors import DataError, FFGymError
 from ffgym.prepare.make_env import make_pruning_env, shrunk
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
@@ -109,6 +109,12 @@ def test_gymnasium_makes_the_environment_by_name(tiny_run):
 def test_what_make_does_not_know_is_refused(make, options, said):
     with pytest.raises(FFGymError, match=re.escape(said)):
         make(ffgym.envs.ENV_ID, **options)
+
+
+@pytest.mark.parametrize("num_envs", [0, -1])
+def test_an_update_of_no_episodes_is_refused_before_a_model_is_looked_for(num_envs):
+    with pytest.raises(DataError, match=f"num_envs is {num_envs}: an update needs episodes"):
+        gymnasium.make_vec(ffgym.envs.ENV_ID, num_envs=num_envs, model={"name": "missing"})
 
 
 def test_make_vec_makes_one_model_with_shared_text_and_loses_no_step(tiny_run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 import ffgym
-from ffgym.errors import BudgetError, DataError, UnknownNameError
+from ffgym.errors import BudgetError, DataError, ModelError, UnknownNameError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pruning.calibration import PlainPath
 
@@ -126,6 +127,24 @@ def test_reset_evaluates_nothing_and_is_seeded(env):
     assert len(set(subsets[0])) == 2
 
 
+def test_another_thread_is_refused_during_a_step_and_welcome_after_it(env):
+    env.reset(options={"subset": (0, 1)})
+    alone, refused = env.step(ACTION), []
+    first, *_ = env.prunable.family.layers(env.prunable.model)
+    with ThreadPoolExecutor(1) as other:
+
+        def disturb(*_):
+            if not refused:
+                refused.append(other.submit(env.reset, options={"sparsity": 0.5, "subset": (2,)}).exception())
+                refused.append(other.submit(env.step, -ACTION).exception())
+
+        with first.register_forward_pre_hook(disturb):
+            disturbed = env.step(ACTION)
+        assert {type(error) for error in refused} == {ModelError}
+        assert repr(disturbed) == repr(alone)
+        assert repr(other.submit(env.step, ACTION).result()) == repr(alone)
+
+
 class TestTasks:
     def test_sparsity_and_subset_come_in_through_options(self, env):
         observation, _ = env.reset(options={"sparsity": 0.5, "subset": (2,)})
@@ -147,6 +166,50 @@ class TestTasks:
         with pytest.raises(DataError, match=r"the subset \[.*\] cannot be used .* windows 0 to 11") as raised:
             env.reset(options={"subset": subset})
         assert "leave the option out" in raised.value.hint
+
+    @pytest.mark.parametrize(
+        "refused", [{"sparsity": 0.99}, {"sparsity": 0.5, "subset": [99]}, {"subset": [0], "examples": [0]}]
+    )
+    def test_a_task_that_is_refused_leaves_the_one_before_it(self, env, refused):
+        env.reset(seed=0)
+        before = env.step(ACTION)
+        with pytest.raises((BudgetError, DataError)):
+            env.reset(seed=1, options=refused)
+        assert repr(env.step(ACTION)) == repr(before)
+        drawn = env.np_random.random()
+        env.reset(seed=0)
+        assert drawn == env.np_random.random(), "nor does it seed anything"
+
+    @pytest.mark.parametrize(
+        ("options", "wanted"),
+        [
+            ({"sparsity": None}, "a number"),
+            ({"sparsity": "0.3"}, "a number"),
+            ({"sparsity": [0.1, 0.2]}, "a number"),
+            ({"sparsity": np.array([0.1, 0.2])}, "a number"),
+            ({"subset": 0}, "a list of whole numbers"),
+            ({"subset": "01"}, "a list of whole numbers"),
+            ({"subset": [0.7]}, "a list of whole numbers"),
+            ({"examples": 0}, "a list of whole numbers"),
+            ({"slopes": "no"}, "True or False"),
+        ],
+    )
+    def test_an_option_of_another_type_is_refused(self, env, options, wanted):
+        ((name, _),) = options.items()
+        with pytest.raises(DataError, match=rf"reset option '{name}' is .*, and it should be {wanted}") as raised:
+            env.reset(options=options)
+        assert "leave the option out" in raised.value.hint
+
+    def test_an_option_that_is_no_text_is_unknown(self, env):
+        with pytest.raises(UnknownNameError, match="unknown reset option '1'"):
+            env.reset(options={1: 2})
+
+    def test_options_may_be_of_numpy_and_torch(self, env):
+        env.reset(options={"sparsity": np.float32(0.5), "subset": torch.tensor([2]), "slopes": np.True_})
+        info = env.step(ACTION)[4]
+        assert info["sparsity"] >= 0.5
+        assert "slopes" in info
+        assert env.reset(options={"sparsity": torch.tensor(0.25)})[0][0] == 0.25
 
     def test_a_subset_may_be_an_array(self, env):
         env.reset(options={"subset": np.array([3, 7])})

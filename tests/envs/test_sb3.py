@@ -10,7 +10,7 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.vec_env import VecEnv
 
 from ffgym.envs.sb3 import SB3VecEnv
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, DataError
 from ffgym.testing.toys import QuadraticEnv
 
 
@@ -61,6 +61,21 @@ def test_actions_are_offsets_from_the_centre_and_reach_every_importance():
     np.testing.assert_allclose(env.importances(env.action_space.low), np.full(6, -1.0), rtol=1e-6)
     np.testing.assert_allclose(env.importances(env.action_space.high), np.full(6, 1.0), rtol=1e-6)
     np.testing.assert_array_equal(env.importances(np.full(6, 9.0)), np.full(6, 1.0))
+
+
+def test_a_centre_of_another_shape_is_refused():
+    with pytest.raises(ConfigError, match=r"centre has shape \(5,\), and importances have shape \(6,\)") as refused:
+        SB3VecEnv(toy(), np.full(5, 0.5))
+    assert "for each sublayer" in refused.value.hint
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (5, 6), (4, 5), (6,)])
+def test_actions_of_another_shape_are_refused_before_they_are_measured(shape):
+    env = SB3VecEnv(toy())
+    env.reset()
+    with pytest.raises(DataError, match=r"actions have shape .*, not \(4, 6\)"):
+        env.step(np.zeros(shape, np.float32))
+    assert env.env.tokens_spent == 0
 
 
 def test_a2c_steps_it():

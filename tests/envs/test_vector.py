@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from measured_alone import Recording
 from ffgym.envs.sb3 import SB3VecEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import DataError, UnknownNameError
+from ffgym.errors import DataError, ModelError, UnknownNameError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import BatchAgent
 from ffgym.testing.toys import SeparableEnv
@@ -89,6 +90,13 @@ def test_ramps_over_episodes_go_on_with_every_update(env):
 def test_reset_takes_no_options(env):
     with pytest.raises(UnknownNameError, match="unknown reset option of the vector environment 'sparsity'"):
         vector_of(env).reset(options={"sparsity": 0.2})
+    with pytest.raises(UnknownNameError, match="'1'"):
+        vector_of(env).reset(options={1: 2})
+
+
+def test_an_empty_list_of_seeds_is_refused(env):
+    with pytest.raises(DataError, match="seed is an empty list"):
+        vector_of(env).reset(seed=[])
 
 
 def test_draws_every_episode_of_the_last_update(env):
@@ -113,11 +121,12 @@ def test_draws_the_dense_model_before_the_first_update(env):
     assert len(drawn) == 3
 
 
-def test_options_that_stable_baselines3_sets_are_refused_as_well(env):
+def test_options_that_stable_baselines3_sets_are_refused_as_well_and_forgotten(env):
     adapter = SB3VecEnv(vector_of(env))
     adapter.set_options({"sparsity": 0.1})
     with pytest.raises(UnknownNameError, match="sparsity"):
         adapter.reset()
+    assert adapter.reset().shape == (3, 2)
 
 
 def test_a_step_says_what_came_of_it_in_final_info(env):
@@ -253,6 +262,21 @@ def test_actions_may_be_reused_by_the_agent(env):
     actions[:] = 1
     assert all((e.action == 0).all() for e in vector.history)
     assert vector.history[0].action.dtype == np.float32
+
+
+def test_another_thread_is_refused_during_an_update(env):
+    vector, alone = vector_of(env), played(vector_of(env))
+    refused, first = [], env.prunable.family.layers(env.prunable.model)[0]
+    with ThreadPoolExecutor(1) as other:
+
+        def disturb(*_):
+            if not refused:
+                refused.append(other.submit(vector.reset, seed=7).exception())
+                refused.append(other.submit(vector.step, np.zeros((3, 6))).exception())
+
+        with first.register_forward_pre_hook(disturb):
+            assert repr(played(vector)) == repr(alone)
+    assert {type(error) for error in refused} == {ModelError}
 
 
 class TestRange:

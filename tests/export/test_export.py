@@ -571,6 +571,12 @@ class TestRefresh:
         for path in written:
             assert path.read_text() == (saved.root / "models" / name / path.name).read_text()
 
+    @pytest.mark.usefixtures("read_only_disk")
+    def test_a_folder_that_may_not_be_written_to_has_to_be_copied(self, old):
+        with pytest.raises(OutputError, match="Read-only file system") as raised:
+            refresh(old)
+        assert raised.value.hint == "You may not write there: copy the folder to a place that you may write to."
+
     def test_a_stock_model_has_nothing_to_refresh(self, tmp_path):
         tiny_model("llama").save_pretrained(tmp_path)
         with pytest.raises(ModelError, match="stock architecture 'llama'"):

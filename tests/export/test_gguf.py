@@ -526,11 +526,11 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path
     assert [path.name for path in place.parent.iterdir()] == ["m.gguf"]
 
 
-def test_progress_reaches_the_end(folder: Path, tmp_path: Path) -> None:
+def test_progress_begins_at_0_and_reaches_the_end(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     export_gguf(folder, tmp_path / "m.gguf", progress=lambda done, total: seen.append((done, total)))
     total = len(gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert seen == [(done, total) for done in range(total + 1)]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

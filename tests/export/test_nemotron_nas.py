@@ -126,6 +126,13 @@ def test_the_model_itself_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "modeling_ffgym.py").is_file()
 
 
+def test_progress_begins_at_0_and_reaches_the_end(tmp_path: Path) -> None:
+    saved(tmp_path / "model", UNEVEN)
+    seen: list[tuple[int, int]] = []
+    export(tmp_path / "model", tmp_path / "nas", name="nemotron-nas", progress=lambda *said: seen.append(said))
+    assert seen == [(done, 4) for done in range(5)]
+
+
 def test_it_is_replaced_where_asked_for(tmp_path: Path) -> None:
     _, folder, _ = written(tmp_path, UNEVEN)
     (folder / "stale.txt").write_text("old")

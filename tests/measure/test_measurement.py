@@ -99,14 +99,15 @@ def test_the_notes_say_how_it_was_measured():
         "medians of 7 repetitions in which the models take turns",
         "16 greedy steps",
         "beyond the 400.0 MB of Python and the libraries; peak at 4 x 1,024 tokens",
-        "The pruned model takes 42.0 MB less once loaded and 45.0 MB less at the peak; the parameters say 42.0 MB.",
+        "The pruned model takes 42.0 MB less once loaded and 45.0 MB less at the peak",
+        "; the parameters say 42.0 MB less.",
     ):
         assert part in text
 
 
 def test_a_smaller_cache_is_named_beside_the_parameters():
     found = replace(FOUND, pruned=replace(PRUNED, kv_bytes=15_360))
-    assert "the parameters say 42.0 MB, and the cache at the peak 31.5 MB." in footnotes(found)[-1]
+    assert "the parameters say 42.0 MB less, and the cache at the peak 31.5 MB less." in footnotes(found)[-1]
 
 
 def test_a_peak_that_includes_loading_says_so():
@@ -136,7 +137,7 @@ def test_markdown_has_two_tables_and_the_notes():
     tables = [line.count("|") for line in lines if line.startswith("|")]
     assert set(tables) == {5, 8}
     assert "Q4\\_1" in text
-    assert text.endswith("42.0 MB.\n")
+    assert text.endswith("42.0 MB less.\n")
 
 
 def test_the_terminal_shows_the_same_cells():

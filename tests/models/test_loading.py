@@ -403,11 +403,13 @@ def test_a_folder_that_lacks_a_part_is_an_error(checkpoint, remove, message):
         load(str(checkpoint), device="cpu")
 
 
-def test_the_folder_of_a_run_says_where_its_model_is(checkpoint, tmp_path):
+def test_the_folder_of_a_run_says_where_its_models_are(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model-recovered")
     checkpoint.rename(tmp_path / "model")
     with pytest.raises(ModelError, match="is the folder of a run") as caught:
         load(str(tmp_path), device="cpu")
-    assert str(tmp_path / "model") in caught.value.hint
+    for name in ("model", "model-recovered"):
+        assert repr(str(tmp_path / name)) in caught.value.hint
 
 
 def test_the_folder_that_one_stands_in_has_a_name(checkpoint, monkeypatch):

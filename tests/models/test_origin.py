@@ -12,7 +12,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import ConfigError, ModelError
 from ffgym.models.loading import DEMO_BASE
-from ffgym.models.origin import dense_model, hub_base, model_folder, weights_on_disk
+from ffgym.models.origin import dense_model, hub_base, model_folder, stated_license, weights_on_disk
 from ffgym.report.card import _front_matter
 
 
@@ -55,6 +55,18 @@ class TestFolder:
             model_folder(tmp_path)
         assert f"{tmp_path}/model-0.20" in str(raised.value.hint)
 
+    def test_a_model_and_what_training_made_of_it_are_several(self, run):
+        (run / "model-recovered.unfinished").mkdir()
+        (run / "model-nas").mkdir()
+        (run / "model-nas" / "config.json").touch()  # somebody's own
+        assert model_folder(run) == run / "model"
+        (run / "model-recovered").mkdir()
+        (run / "model-recovered" / "config.json").touch()
+        with pytest.raises(ModelError, match="several models: model, model-recovered") as raised:
+            model_folder(run)
+        assert str(run / "model") in str(raised.value.hint)
+        assert model_folder(run / "model-recovered") == run / "model-recovered"
+
 
 class TestDense:
     def test_what_is_given_wins(self, run):
@@ -83,9 +95,8 @@ class TestDense:
     @pytest.mark.parametrize(("base", "name"), [(DEMO_BASE, "demo"), ("a/b", "a/b")])
     def test_the_card_names_it(self, run, base, name):
         card = run / "model" / "README.md"
-        card.write_text(
-            _front_matter(base, "apache-2.0", "text-generation") + "\n\n# A model\n\nbase_model: not/this\n"
-        )
+        front = _front_matter(base, {"license": "apache-2.0"}, "text-generation")
+        card.write_text(f"{front}\n\n# A model\n\nbase_model: not/this\n")
         found = dense_model(run / "model", None)
         assert (found.name, found.said_by) == (name, str(card))
         card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n"))  # as an editor on Windows writes it
@@ -103,6 +114,30 @@ class TestDense:
     def test_no_record_at_all(self, run):
         with pytest.raises(ConfigError, match=r"no config\.toml in it or beside it, and no base_model"):
             dense_model(run / "model", None)
+
+
+class TestLicense:
+    @pytest.mark.parametrize(
+        ("front", "said"),
+        [
+            ("license: mit", {"license": "mit"}),
+            ("license: 'apache-2.0'  # as the base", {"license": "apache-2.0"}),
+            (
+                'base_model: a/b\nlicense: other\nlicense_name: "one\'s own"\nlicense_link: https://x.org/#terms',
+                {"license": "other", "license_name": "one's own", "license_link": "https://x.org/#terms"},
+            ),
+            ("license: [mit, apache-2.0]\ntags:\n- license: mit", {}),
+            ("license:\n- mit", {}),
+        ],
+    )
+    def test_is_what_the_card_says_of_it(self, front, said, tmp_path):
+        (tmp_path / "README.md").write_text(f"---\n{front}\n---\nlicense: not/this\n")
+        assert stated_license(tmp_path) == said
+
+    def test_no_card_or_a_damaged_one_ends_no_run(self, tmp_path):
+        assert stated_license(tmp_path) == {}
+        (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+        assert stated_license(tmp_path) == {}
 
 
 def test_a_card_names_a_base_model_that_the_hub_knows(tmp_path, monkeypatch):

@@ -58,6 +58,13 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
     assert "not finished" not in page
 
 
+def test_the_page_says_how_to_load_what_training_made_of_the_model_too(run: Path) -> None:
+    shutil.copytree(run / "model", run / "model-recovered")
+    page = page_of(run)
+    for name in ("model", "model-recovered"):
+        assert f"from_pretrained(&#39;{run / name}&#39;, trust_remote_code=True)" in page
+
+
 def test_a_share_is_no_rounder_than_it_was_asked_for(run: Path) -> None:
     (run / "config.toml").write_text('[prune]\nsparsity = "0.005:0.125"\n', encoding="utf-8")
     assert "without 0.5% to 12.5% of its prunable params" in page_of(run)
@@ -110,6 +117,13 @@ def test_what_cannot_be_reported_is_an_error(run: Path, tmp_path: Path) -> None:
     assert "has no config.toml" in call(tmp_path).stderr
     assert "ends in '.pdf'" in call(run, "--output", tmp_path / "page.pdf").stderr
     assert "cannot be read" in call(tmp_path / "nothing.toml").stderr
+
+
+@pytest.mark.usefixtures("read_only_disk")
+def test_a_run_that_may_not_be_written_to_is_reported_elsewhere(run: Path) -> None:
+    done = call(run)
+    assert "report.html: Read-only file system" in done.stderr
+    assert "hint: You may not write there: choose another place with --output." in done.stderr
 
 
 @pytest.mark.browser

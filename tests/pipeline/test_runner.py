@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+import yaml
 from glass_runs import (
     EPISODES,
     FILES,
@@ -390,6 +391,16 @@ def test_the_model_has_the_configuration_beside_it_that_its_card_reruns(finished
     assert (model / "config.toml").read_bytes() == (finished.folder / "config.toml").read_bytes()
 
 
+def test_its_card_states_the_licence_that_the_dense_models_card_states(tmp_path: Path) -> None:
+    dense = shutil.copytree(glass_home() / "glass", tmp_path / "dense")
+    stated = "license: other\nlicense_name: ours\nlicense_link: https://example.org/terms\n"
+    (dense / "README.md").write_text(f"---\nbase_model: some/base\n{stated}---\n\n# Dense\n")
+    one = finish(glass_config(tmp_path, model={"name": str(dense)}))
+    front = yaml.safe_load((one.folder / "model" / "README.md").read_text().split("---")[1])
+    assert {key: front[key] for key in front if "license" in key} == yaml.safe_load(stated)
+    assert "base_model" not in front, "the dense model is another one"
+
+
 def test_versions_and_plugins_are_tags(tracked: Any) -> None:
     tags = tracked.data.tags
     for package in ("ffgym", "torch", "transformers"):
@@ -531,6 +542,12 @@ def test_a_heuristic_runs_in_one_episode_and_the_header_names_the_widths_that_au
     assert one.rows["uniform (one-shot) + ridge"].perplexity == one.rows["uniform + ridge"].perplexity
     assert "MLPs keep multiples of 4 channels." in one.result.table.header
     assert {kept % 4 for kept in one.result.found.best.allocation.kept[1::2]} == {0}
+
+
+def test_a_run_may_begin_in_inference_mode(tmp_path: Path) -> None:
+    one = configured.resolve_agent(glass_config(tmp_path, agent={"name": "uniform"}, criterion={"name": "taylor"}))
+    with torch.inference_mode():
+        assert math.isfinite(finish(one).result.table.saved.perplexity)
 
 
 # starting from another run

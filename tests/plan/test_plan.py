@@ -220,6 +220,14 @@ def test_the_speed_is_of_the_tokens_that_run(monkeypatch: pytest.MonkeyPatch) ->
     assert measure_speed(shape, torch.float32, CPU, 3000).model == 3000 * 2 * (weights + attention)
 
 
+def test_the_probe_leaves_the_callers_random_numbers_alone() -> None:
+    layer = (Sublayer(0, "attention", units=1, channels_per_unit=64), Sublayer(0, "mlp", units=64, channels_per_unit=1))
+    shape = ModelShape("llama", parameters=0, hidden=64, vocabulary=1, sublayers=layer, context_limit=4096)
+    state = torch.get_rng_state()
+    measure_speed(shape, torch.float32, CPU, 64)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_free_memory_follows_the_limits_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 

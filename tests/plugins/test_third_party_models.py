@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,23 @@ def test_an_export_format_is_chosen_by_name(install: Install, model: Path, tmp_p
     assert json.loads(done.stdout)["path"] == str(target)
     assert "config.json|generation_config.json" in target.read_text()
     assert "names" in CliRunner().invoke(app, ["ls", "exports"]).stdout
+
+
+def test_what_comes_before_the_first_tensor_says_nothing_of_how_long_the_others_take(
+    install: Install, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    slow = """import time
+        for seconds, done in ((40.0, 0), (56.0, 1)):
+            time.monotonic = lambda: seconds
+            progress(done, 4)"""
+    install("acme-format", FORMAT.replace("progress(1, 1)", slow).format(answer=EXPORTED))
+    done = call(str(model), "--format", "names", "--output", str(tmp_path / "names.txt"))
+    assert done.stderr.splitlines() == [
+        "write names.txt: 0/4 · 0:00 elapsed",
+        "write names.txt: 1/4 · 0:16 elapsed · 0:48 left",
+        "write names.txt: done in 0:56",
+    ]
 
 
 def test_a_format_that_leaves_what_is_there_alone_says_how_to_replace_it(

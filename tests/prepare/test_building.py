@@ -149,6 +149,15 @@ def test_plain_tables_do_as_well(tiny_run):
     assert env.reward.name == "perplexity"
 
 
+def test_a_key_beside_plain_tables_wins_and_leaves_the_others(tiny_run, tmp_path):
+    tables = {**tiny_run, "prune": {"sparsity": 0.3, "resource": "kv", "align": 16}}
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(RunConfig.model_validate(tables)))
+    for config in (tables, file):
+        env = make_pruning_env(config, prune={"sparsity": 0.1, "resource": None})
+        assert (env.sparsity, env.budget.resource) == (0.1, "kv")
+
+
 def test_tables_beside_a_whole_configuration_are_refused(tiny_run):
     with pytest.raises(ConfigError, match="RunConfig already, and prune, search came beside it"):
         make_pruning_env(configured(tiny_run), prune={"sparsity": 0.35}, search={"episodes": 8})
@@ -180,6 +189,13 @@ def test_two_environments_from_one_configuration_agree_bit_for_bit(tiny_run):
         env.reset(seed=3)
         rewards.append(env.step(np.linspace(-1, 1, 6).astype(np.float32))[1])
     assert rewards[0] == rewards[1]
+
+
+def test_an_environment_may_be_made_and_used_in_inference_mode(tiny_run):
+    with torch.inference_mode():
+        env = make_pruning_env(tiny_run, criterion={"name": "taylor"})
+        env.reset(seed=3, options={"slopes": True})
+        assert env.step(np.zeros(6, np.float32))[4]["slopes"].any()
 
 
 def test_batches_are_larger_on_an_accelerator():

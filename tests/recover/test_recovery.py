@@ -442,11 +442,18 @@ def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
     place = recovered(folder).saved.path
     with monkeypatch.context() as patch:
         patch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
-        error = fails(folder, OutputError, "exists and is not empty")
+        assert "Name one" in str(fails(folder, ModelError, "several models: model, model-recovered").hint)
+        error = fails(folder / "model", OutputError, "exists and is not empty")
     assert "--overwrite" in str(error.hint)
     before = weights(place)
-    recovered(folder, config=configured(folder).model_copy(update={"seed": 1}), overwrite=True)
+    recovered(folder / "model", config=configured(folder).model_copy(update={"seed": 1}), overwrite=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(place).items())
+
+
+@pytest.mark.usefixtures("read_only_disk")
+def test_a_model_that_lies_where_nobody_may_write_is_saved_elsewhere(folder: Path) -> None:
+    error = fails(folder, OutputError, "Read-only file system")
+    assert error.hint == "You may not write there: choose another place with --output."
 
 
 @pytest.mark.parametrize("place", ["model", ".", "model/inside"])

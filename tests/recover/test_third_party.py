@@ -130,7 +130,7 @@ def test_a_run_trains_by_it(tmp_path: Path) -> None:
     # The stored configuration spells its options out, and a later recovery by another method leaves them behind.
     assert "colour = " in (tmp_path / "out" / "config.toml").read_text()
     small = ("--method", "lora", "--output", tmp_path / "lora")
-    assert call("recover", tmp_path / "out", *small).exit_code == 0
+    assert call("recover", before, *small).exit_code == 0
 
 
 @pytest.mark.usefixtures("shrink")

@@ -26,7 +26,7 @@ def card(**kwargs) -> str:
     arguments = {
         "title": "tiny, pruned",
         "base_model": "someone/tiny",
-        "license": "apache-2.0",
+        "license": {"license": "apache-2.0"},
         "table": TABLE,
         "sublayers": SUBLAYERS,
         "allocation": Allocation((3, 1200, 1, 1001), 4964, 6204),
@@ -56,7 +56,7 @@ def test_front_matter_is_what_the_hub_reads():
 
 
 def test_what_is_not_known_is_left_out():
-    text = card(base_model=None, license=None)
+    text = card(base_model=None, license={})
     assert not {"base_model", "license"} & front_matter(text).keys()
     assert "None" not in text
 

@@ -307,6 +307,7 @@ def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: Progres
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    progress(0, len(tensors))
     for done, (tensor, (torch_dtype, *_)) in enumerate(zip(tensors, wanted, strict=True), start=1):
         converted = _converted(tensor, torch_dtype)
         numpy_knows = converted.view(torch.int16) if torch_dtype == torch.bfloat16 else converted
