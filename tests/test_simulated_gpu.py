@@ -74,4 +74,4 @@ def test_a_run_searches_reports_and_saves(settings: list[str], tiny_run: dict[st
     loaded, splits = load_parts(config)
     assert dense["perplexity"] == pytest.approx(evaluate(loaded.model, splits.report.windows).perplexity, rel=1e-4)
     assert any("lora" in row["label"] for row in pruned) == ("recover.method=lora" in settings)
-    assert (tmp_path / "out" / "model" / "model.safetensors").is_file() or "model.placement=stream" in settings
+    assert list((tmp_path / "out" / "model").glob("*.safetensors"))

@@ -86,7 +86,8 @@ def save_pruned(
     pruned = (stock_model if stock else uneven_model)(prunable)
     if towers is not None:
         pruned, files = towers.around(pruned, prunable.family), [*files, *towers.files]
-    _convert(pruned, dtype)
+    if dtype is not None:
+        _convert(pruned, dtype)
     if prunable.source is not None:
         write = partial(_save_by_layer, pruned, prunable)
     else:
@@ -122,14 +123,15 @@ def save_again(
     refuse_occupied(place, overwrite)
     if towers is not None:
         model, files = towers.whole, [*files, *towers.files]
-    _convert(model, dtype)
+    if dtype is not None:
+        _convert(model, dtype)
     return _write(model, model.save_pretrained, tokenizer, place, card, files)
 
 
-def _convert(model: Any, dtype: torch.dtype | None) -> None:
+def _convert(model: Any, dtype: torch.dtype) -> None:
     """Give the model weights of a dtype; a model that it shares weights with keeps its own."""
     converted: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
-    for module in model.modules() if dtype is not None else ():
+    for module in model.modules():
         for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if weight not in converted:
                 converted[weight] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)

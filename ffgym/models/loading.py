@@ -6,6 +6,7 @@ Only safetensors are read, code from a checkpoint is never run, and a checkpoint
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ffgym.models.dequantise import converted, dequantised, digest_of, refuse_wh
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import explained
-from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype, saved_dtype
+from ffgym.models.placement import choose_device, choose_dtype, devices_of, move, named_dtype, narrower_dtype
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.models.towers import BY_ITSELF, PROCESSOR_FILES, Towers, auto_class, has_towers, text_model_of
 
@@ -61,7 +62,7 @@ class LoadedModel:
         device: where its first parameter lies.
         stream: reads the decoder layers, which are then on the meta device; ``None`` where they are in memory.
         towers: the checkpoint that the model is the text model of; ``None`` where it is the whole.
-        saved_dtype: what it is saved in, cut or trained: the checkpoint's own dtype, where that is narrower.
+        saved_dtype: the checkpoint's dtype, where that is narrower: what was cut or trained is saved in it.
     """
 
     model: Any
@@ -138,8 +139,7 @@ def load(
         config = check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
     else:
         config = check_sizes(name, source.folder, any_family=any_family)
-    text = config.get("text_config") or config
-    saved = saved_dtype(chosen, text.get("dtype", text.get("torch_dtype")))
+    saved = narrower_dtype(_dtype_in(config), chosen)
     if has_towers(config) and (streamed or device == "balanced"):
         raise ModelError(
             f"model {name!r} has several towers, so that it is loaded into memory as a whole: its layers can neither be"
@@ -299,6 +299,12 @@ def load_tokenizer(folder: Path) -> Any:
             hint="Copy tokenizer.json and tokenizer_config.json of the model that it comes from into it.",
         )
     return _tokenizer(str(folder), str(folder), trust_remote_code=False)
+
+
+def _dtype_in(config: Mapping[str, Any]) -> str | None:
+    """The dtype of a checkpoint by its ``config.json``: that of the whole, or where it says none, of its text model."""
+    parts = (config, config.get("text_config") or {})
+    return next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,14 @@ def named_dtype(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def saved_dtype(working: torch.dtype, checkpoint: object) -> torch.dtype:
-    """The dtype that a model is saved in: that of the checkpoint it came from, where the one it works in is wider.
+def narrower_dtype(checkpoint: object, working: torch.dtype) -> torch.dtype | None:
+    """The dtype of a checkpoint, in which its model is saved; ``None`` where it is no narrower than the working one.
 
     Args:
         checkpoint: as its config says it, e.g. ``"bfloat16"``; ``None`` where it does not.
     """
     own = DTYPES.get(str(checkpoint).removeprefix("torch."), working)
-    return min(working, own, key=lambda dtype: dtype.itemsize)
+    return own if own.itemsize < working.itemsize else None
 
 
 def choose_device(device: str) -> torch.device:

@@ -242,12 +242,12 @@ def header(task: Task) -> str:
         for name, kept in {"dense": prunable.dense_units, "pruned": prunable.kept}.items()
         if any(s.kind == "experts" for s in prunable.sublayers)
     }
-    saved = str(task.loaded.saved_dtype or task.loaded.dtype).removeprefix("torch.")
+    saved = str(task.loaded.saved_dtype).removeprefix("torch.")
     sentences = [
         f"Model: {task.loaded.description}.",
         f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens in windows of "
         f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
-        *([f"Saved in {saved}, as the dense checkpoint is."] if saved != task.loaded.dtype_name else []),
+        *([f"Saved in {saved}, as the dense checkpoint is."] if task.loaded.saved_dtype else []),
         f"Calibration: {_described(task.splits.calibration)}.",
         *(f"A token passes through {count} of the {name} model's parameters." for name, count in active.items()),
         *(f"MLPs keep multiples of {width} channels." for width in sorted(widths)),

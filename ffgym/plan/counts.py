@@ -377,7 +377,7 @@ def _sequential(shape: ModelShape, load: Workload) -> Stage:
 
 def _save(shape: ModelShape, load: Workload) -> Stage:
     # safetensors writes from the tensors' own memory; layers of a streamed model are copied, and what is converted.
-    is_copied = load.streamed or load.saved_dtype != load.dtype
+    is_copied = load.streamed or load.saved_in is not None
     saved = _at_a_time(shape, load, saved_model(shape, load, min(load.saves)), layers=2) if is_copied else 0
     return Stage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 

@@ -100,7 +100,7 @@ class Workload:
     sequential: int = 0  # models that are refitted layer by layer at the end
     choice_tokens: int = 0  # of the search split, on which either refit of such a model is measured to choose one
     saves: tuple[float, ...] = ()  # target of each model that is saved
-    saved_in: torch.dtype | None = None  # dtype of saved models; ``None`` for ``dtype``
+    saved_in: torch.dtype | None = None  # dtype of saved models, where it is narrower
     train_tokens: int = 0  # to recover on; 0 for none
     workers: int = 1  # processes that share the episodes of an update
     elsewhere: bool = False  # they are on a cluster, and not all on this machine
@@ -143,7 +143,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
     """
     from transformers import AutoModelForCausalLM
 
-    is_whole = not has_towers(config.to_dict())
+    is_whole, saved_as = not has_towers(config.to_dict()), config.dtype
     config = config if is_whole else config.text_config
     try:
         with quiet(), torch.device("meta"):
@@ -153,7 +153,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
             raise
         raise loading_error(error, name, name) from error
     family = family_of(model)
-    saved_as = getattr(config, "dtype", None)
+    saved_as = saved_as or config.dtype
     return ModelShape(
         family.name,
         sum(parameter.numel() for parameter in model.parameters()),

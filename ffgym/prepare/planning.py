@@ -12,7 +12,7 @@ from ffgym.costs.resource import resource_class
 from ffgym.data.splits import ROLES, check_window
 from ffgym.errors import ConfigError
 from ffgym.models.loading import config_of
-from ffgym.models.placement import choose_device, choose_dtype, named_dtype, saved_dtype, tokens_per_batch
+from ffgym.models.placement import choose_device, choose_dtype, named_dtype, narrower_dtype, tokens_per_batch
 from ffgym.plan.machine import free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
@@ -40,7 +40,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
-    saved_in = saved_dtype(dtype, shape.saved_as)
+    saved_in = narrower_dtype(shape.saved_as, dtype)
     if device.type != "cpu":
         shape = replace(shape, saved_as="")  # no weights stay in the file
     check_window(data.window, shape.context_limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,6 +246,23 @@ def test_a_pruned_text_model_is_saved_by_itself_as_the_docs_say(saved: SimpleNam
     saved.loaded["llava"].tokenizer.save_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(opened(str(tmp_path)).model(IDS).logits, saved.loaded["llava"].model(IDS).logits)
+
+
+def test_the_whole_is_saved_no_wider_than_its_checkpoint(tmp_path: Path, word_tokenizer: Any) -> None:
+    name = saved_whole(tmp_path / "dense", word_tokenizer, "smolvlm")
+    file = tmp_path / "dense" / "config.json"
+    content = json.loads(file.read_text())
+    content["text_config"].pop("dtype", None)  # as older checkpoints have it: only the whole says
+    file.write_text(json.dumps({**content, "dtype": "bfloat16"}))
+    one = opened(name)
+    assert one.saved_dtype == torch.bfloat16
+    assert shape_of(config_of(name), name).saved_as == "bfloat16"
+    prunable = PrunableModel(one.model)
+    prunable.cut(KEPT)
+    save_pruned(prunable, one.tokenizer, tmp_path / "model", towers=one.towers, dtype=one.saved_dtype)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in one.towers.whole.parameters()} == {torch.float32}, "in memory"
 
 
 def test_the_text_model_alone_is_planned(tmp_path: Path, word_tokenizer: Any) -> None:
