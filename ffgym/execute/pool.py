@@ -131,6 +131,7 @@ class Pool:
         self._busy: dict[int, _Busy] = {}
         self._attempts = dict.fromkeys(range(size), 0)
         self._heard = time.monotonic()
+        self._is_closed = False
 
     def work(self, queue: Queue, wanted: int, on_tick: Callable[[], None] | None = None) -> None:
         """Do every job of a queue.
@@ -141,8 +142,10 @@ class Pool:
 
         Raises:
             Exception: what a job raised.
-            WorkerError: workers or a job are lost again and again.
+            WorkerError: workers or a job are lost again and again; or the pool is closed.
         """
+        if self._is_closed:
+            raise WorkerError("this environment is closed, and its workers have ended", hint="Make it again.")
         self._heard = time.monotonic()
         for worker in range(min(wanted, self.size)):
             if not (worker in self._starting or worker in self._ready or worker in self._busy):
@@ -174,6 +177,7 @@ class Pool:
 
     def close(self) -> None:
         """Interrupt the busy workers, wait for them, and dismiss all."""
+        self._is_closed = True
         until = time.monotonic() + self._grace
         for worker in self._busy:
             self._crew.interrupt(worker)

@@ -6,6 +6,7 @@ it and numbers back. Ray neither restarts actors nor repeats calls; the pool doe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import io
@@ -16,6 +17,7 @@ import socket
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -194,15 +196,21 @@ def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Clust
     is_own = _BEGUN[:1] == [None]
     cluster = Cluster(ray, workers, notify, is_own=is_own)
     _OPEN.append(cluster)
+    end = weakref.finalize(cluster, _end_use, ray, cluster)  # once: here, or in a script that never closes, at its exit
+    atexit.register(end)  # comes before Ray's own, which Ray's import has registered
     try:
         _check_room(ray, workers, is_own=is_own)
         yield cluster
     finally:
-        cluster.close()
-        _OPEN.remove(cluster)
-        if _BEGUN and not _OPEN:
-            _BEGUN.clear()
-            ray.shutdown()
+        end()
+
+
+def _end_use(ray: Any, cluster: Cluster) -> None:
+    cluster.close()
+    _OPEN.remove(cluster)
+    if _BEGUN and not _OPEN:
+        _BEGUN.clear()
+        ray.shutdown()
 
 
 _BEGUN: list[str | None] = []
@@ -330,15 +338,17 @@ class RayCrew:
 
     def interrupt(self, worker: int) -> None:
         """Have a worker give up its job, see `Crew`."""
-        if worker in self._jobs:
+        if worker in self._jobs and self._ray.is_initialized():
             self._actors[worker].interrupt.remote(self._jobs[worker])
 
     def dismiss(self, worker: int) -> None:
         """Kill a worker, see `Crew`."""
         self._forget(worker)
-        if (actor := self._actors.pop(worker, None)) is not None:
-            with contextlib.suppress(Exception):  # the cluster may be gone
-                self._ray.kill(actor, no_restart=True)
+        actor = self._actors.pop(worker, None)
+        if actor is None or not self._ray.is_initialized():  # it has ended, and a call would start another one
+            return
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            self._ray.kill(actor, no_restart=True)
         node, process = self._processes.pop(worker, ("", 0))
         is_here = node == self._ray.get_runtime_context().get_node_id()  # Ray's client says the head's
         if process and is_here and not self._ray.util.client.ray.is_connected():

@@ -154,6 +154,8 @@ def test_closing_interrupts_and_dismisses() -> None:
         pool.work(Shares(requests(2), Speeds()), 2, _interrupt_when(lambda: len(crew.given) == 2))
     pool.close()
     assert all(crew._enough[worker].is_set() for worker in range(2))
+    with pytest.raises(WorkerError, match="this environment is closed, and its workers have ended"):
+        pool.work(Shares(requests(2), Speeds()), 2)
 
 
 def _interrupt_when(happened: Callable[[], bool]) -> Callable[[], None]:

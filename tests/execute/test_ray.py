@@ -139,6 +139,8 @@ def test_environments_have_workers_too(tiny_run: dict[str, Any], monkeypatch: py
     assert np.array_equal(steps[0][1], steps[1][1])
     assert np.array_equal(steps[0][4]["final_info"]["loss"], steps[1][4]["final_info"]["loss"])
     shared.close()
+    with pytest.raises(WorkerError, match="this environment is closed, and its workers have ended"):
+        shared.step(actions)
     alone.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -109,6 +110,29 @@ def test_from_outside_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+FORGETFUL = """
+import json, sys
+import gymnasium
+import ffgym.envs
+
+envs = gymnasium.make_vec("ffgym/Pruning-v0", num_envs=2, num_workers=2, **json.loads(sys.argv[1]))
+envs.reset(seed=0)
+envs.step(envs.action_space.sample())
+"""
+
+
+def test_a_script_that_never_closes_ends_and_leaves_no_worker(tmp_path: Path) -> None:
+    tables = glass_tables(tmp_path)
+    given = {name: tables[name] for name in ("model", "data", "prune", "search")}
+    environment = {**os.environ, discovery.ENVIRONMENT_VARIABLE: "", MARK: f"{tmp_path}"}
+    command = [sys.executable, "-c", FORGETFUL, json.dumps(given)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "Exception" not in done.stderr
+    assert "Started a local Ray instance" not in done.stderr
+    until(lambda: not workers_of(f"{tmp_path}"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
