@@ -32,6 +32,7 @@ from ffgym.pipeline.search import tracked_search
 from ffgym.pipeline.task import Task, give_prior, on_report, open_task, with_config
 from ffgym.plugins.bases import Agent
 from ffgym.prepare import configured
+from ffgym.prepare.workers import check_seen
 from ffgym.report.progress import Reporter
 from ffgym.search.finalists import finalists
 from ffgym.search.loop import SearchResult
@@ -89,12 +90,14 @@ class Job:
     Attributes:
         heuristics: (name, options) of every heuristic that cells on the same prepared model ask for.
         parent: MLflow run that the cell's is a child of; ``None`` where tracking is off.
+        places: model and texts where the bench has found them, which a worker's machine must see.
     """
 
     cell: Cell
     heuristics: tuple[tuple[str, JSONDict], ...]
     parent: str | None
     title: str
+    places: tuple[Path, ...] = ()
 
 
 class CellRunner:
@@ -109,6 +112,8 @@ class CellRunner:
     def __call__(self, job: Job) -> None:
         """Compute one cell and write its file, unless another bench does or has done so since."""
         cell, folder = job.cell, job.cell.config.tracking.folder / "bench"
+        for place in job.places:
+            check_seen(place)
         with ExitStack() as stack:
             with disk_errors():
                 folder.mkdir(parents=True, exist_ok=True)

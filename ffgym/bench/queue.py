@@ -12,6 +12,7 @@ from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins import manager
 from ffgym.prepare.parts import make_reward
+from ffgym.prepare.workers import model_place, text_places
 from ffgym.report.progress import Reporter, clock
 from ffgym.search.finals import finals_size
 from ffgym.types import JSONDict
@@ -99,7 +100,9 @@ class CellQueue:
             left = f", {clock(seconds)} left in all"
         number = self._count - len(self._waiting)
         self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
-        return Job(cell, self._heuristics.get(cell.preparation, ()), self._parents[each.file], each.spec.title)
+        model, heuristics = model_place(cell.config.model.name), self._heuristics.get(cell.preparation, ())
+        places = (*([] if model is None else [model]), *text_places(cell.config.data))
+        return Job(cell, heuristics, self._parents[each.file], each.spec.title, places)
 
     def done(self, worker: int, answer: None = None) -> None:
         """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""

@@ -12,6 +12,7 @@ import ctypes
 import io
 import os
 import pickle
+import re
 import signal
 import socket
 import threading
@@ -43,6 +44,7 @@ WATCH_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # numbers are all that it holds
 END_SECONDS = 1.0  # that Ray has for ending a worker
 CALLS = 3  # that a worker answers at a time: a job, a watch, an interrupt
+SENT = ("FFGYM_", "HF_", "MLFLOW_")  # variables of which a worker has this process's, and none of its machine's
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -314,8 +316,9 @@ class RayCrew:
     ) -> None:
         self._ray = ray
         self._make, self._threads, self._on_line = make, threads, on_line
-        self._settings = {key: value for key, value in os.environ.items() if key.startswith("FFGYM_")}
-        actor = ray.remote(max_concurrency=CALLS)(_Worker)
+        # As arguments of a call: what Ray calls a runtime environment, it writes into its logs, and some are secrets.
+        self._settings = {key: value for key, value in os.environ.items() if key.startswith(SENT)}
+        actor = ray.remote(max_concurrency=CALLS)(_actor())
         self._actor = actor.options(max_restarts=0, max_task_retries=0, **options)
         self._actors: dict[int, Any] = {}
         self._processes: dict[int, tuple[str, int]] = {}
@@ -326,7 +329,8 @@ class RayCrew:
     def start(self, worker: int) -> None:
         """Begin to start a worker, see `Crew`."""
         self._actors[worker] = actor = self._actor.remote()
-        loaded = actor.load.remote(self._make, self._threads, self._settings, os.getcwd())
+        make = self._ray.cloudpickle.dumps(self._make)
+        loaded = actor.load.remote(make, self._threads, self._settings, os.getcwd())
         self._calls[loaded] = worker, "load"
 
     def give(self, worker: int, job: Any) -> None:
@@ -413,16 +417,17 @@ def _why(error: Exception) -> str:
 
 def _cannot_begin(error: Exception) -> WorkerError:
     said = str(error).strip().splitlines()[-1]
+    address = re.search(r"\bip=([\w.:]+)", str(error))  # ray::_Worker.load() (pid=4711, ip=10.0.0.2, ...
     return WorkerError(
-        f"a worker cannot begin on its machine: {said}",
+        f"a worker cannot begin on {address[1] if address else 'its machine'}: {said}",
         hint="All machines need the same environment: the same ffgym with the extra 'ray', see docs/scale.md.",
     )
 
 
 def _end(process: int) -> None:
-    """Kill a worker's process that Ray was asked to end and has not, as it cannot where the process is stopped.
+    """Kill a process that was asked to end and has not, as it cannot where it is stopped.
 
-    If it were killed before, Ray would print that a worker has died.
+    If a worker were killed before, Ray would print that it has died.
     """
     try:
         psutil.Process(process).wait(END_SECONDS)
@@ -433,7 +438,35 @@ def _end(process: int) -> None:
         pass
 
 
-class _Worker:
+def _actor() -> type:
+    """The class that Ray is given. A class in a function is sent whole, so that a worker need not import ffgym for it.
+
+    It does so once its variables are set: huggingface_hub reads ``HF_HOME`` when it is imported.
+    """
+
+    class _Worker:
+        def load(self, make: bytes, threads: int, settings: dict[str, str], folder: str) -> Reply:
+            for name in [name for name in os.environ if name.startswith(SENT)]:
+                del os.environ[name]
+            os.environ.update(settings)
+            from ffgym.execute.ray import _Process
+
+            self.process = _Process()
+            return self.process.load(pickle.loads(make), threads, folder)
+
+        def work(self, number: int, job: Any) -> Reply:
+            return self.process.work(number, job)
+
+        def watch(self) -> Reply:
+            return self.process.watch()
+
+        def interrupt(self, number: int) -> None:
+            self.process.interrupt(number)
+
+    return _Worker
+
+
+class _Process:
     """A worker's process: one thread does its jobs, and a second one reports how far it is."""
 
     def __init__(self) -> None:
@@ -441,11 +474,10 @@ class _Worker:
         self._lock, self._changed = threading.Lock(), threading.Event()
         self._job, self._thread, self._share, self._threads = 0, 0, 0.0, 1
 
-    def load(self, make: Make, threads: int, settings: dict[str, str], folder: str) -> Reply:
+    def load(self, make: Make, threads: int, folder: str) -> Reply:
         """Get ready for jobs; the content is where the process is, (node, process id)."""
         import ray
 
-        os.environ.update(settings)
         with contextlib.suppress(OSError):  # a machine that has no such folder may not need it
             os.chdir(folder)
         torch.set_num_threads(threads)
@@ -506,9 +538,12 @@ def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception as it can be sent, with its traceback as a note unless it was raised on purpose."""
+    """The exception as it can be sent: it names the machine, and has its traceback unless it was raised on purpose."""
+    where = f"a worker on {socket.gethostname()}"
     if not isinstance(error, FFGymError):
-        error.add_note(traceback.format_exc())
+        error.add_note(f"in {where}:\n{traceback.format_exc()}")
+    elif not isinstance(error, WorkerError):  # which names it already
+        error.message = f"{where}: {error.message}"
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from ffgym.config.tables import RunConfig, WorkersTable
+from ffgym.config.mixture import shares
+from ffgym.config.tables import DataTable, RunConfig, WorkersTable
+from ffgym.data.corpora import source_of
 from ffgym.data.examples import EncodedExample
-from ffgym.data.splits import Splits
+from ffgym.data.splits import ROLES, Splits
 from ffgym.errors import ConfigError, WorkerError
 from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.models.loading import LoadedModel, load
@@ -41,6 +43,7 @@ class EvaluatorMaker:
         store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
         key: of what this run has prepared.
         streamed: whether layers stay in the checkpoint until they are needed.
+        place: the model's folder or file, where the run has found it; ``None`` for one of the hub, and the demo.
     """
 
     config: RunConfig
@@ -51,9 +54,12 @@ class EvaluatorMaker:
     store: Path | None
     key: str
     streamed: bool = False
+    place: Path | None = None
 
     def __call__(self) -> ModelEvaluator:
         """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
+        if self.place is not None:
+            check_seen(self.place)
         if self.store is not None and not self.store.parent.is_dir():  # what was removed from there is prepared again
             raise WorkerError(
                 f"a worker on {socket.gethostname()} does not see the prepared model {self.store}",
@@ -61,7 +67,11 @@ class EvaluatorMaker:
             )
         table = self.config.model
         loaded = load(
-            table.name, revision=table.revision, dtype=table.dtype, device=table.device, streamed=self.streamed
+            str(self.place or table.name),
+            revision=table.revision,
+            dtype=table.dtype,
+            device=table.device,
+            streamed=self.streamed,
         )
         nobody = Reporter(Console(quiet=True))
         prepared = prepare_model(self.config, loaded, self.calibration, keep=self.keep, reporter=nobody, key=self.key)
@@ -70,6 +80,28 @@ class EvaluatorMaker:
     def on(self, prepared: Prepared) -> ModelEvaluator:
         """The evaluator of a prepared model."""
         return evaluator_of(self.config, prepared, self.windows, self.examples)
+
+
+def model_place(name: str) -> Path | None:
+    """The folder or file on this machine that a model's name means, its full path; ``None`` where it means none."""
+    path = Path(name).expanduser()
+    return path.absolute() if name != "demo" and path.exists() else None
+
+
+def text_places(data: DataTable) -> list[Path]:
+    """The files and folders on this machine that a table ``[data]`` names, their full paths."""
+    names = dict.fromkeys(name for role in ROLES for name in shares(getattr(data, role)))
+    paths = [Path(name).expanduser() for name in names if source_of(name) is None]
+    return [path.absolute() for path in paths if path.exists()]
+
+
+def check_seen(place: Path) -> None:
+    """Raise in a worker whose machine lacks a file or folder of the run: its name might mean something on the hub."""
+    if not place.exists():
+        raise WorkerError(
+            f"a worker on {socket.gethostname()} does not see {place}",
+            hint="Put it on a disk that all machines share, where it has the same path on each.",
+        )
 
 
 def shared_executor(
@@ -95,6 +127,7 @@ def shared_executor(
         prepared.store,
         prepared.key,
         loaded.stream is not None,
+        model_place(table.name),
     )
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 

@@ -37,7 +37,7 @@ from ffgym.bench.page import bench_page
 from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
-from ffgym.errors import ConfigError, OutputError
+from ffgym.errors import ConfigError, OutputError, WorkerError
 from ffgym.pipeline import task
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
@@ -457,6 +457,24 @@ def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(
     cell.path.write_text("done")
     runner(Job(cell, (), None, "Small"))
     assert cell.path.read_text() == "done"
+
+
+@pytest.mark.parametrize("moved", ["org/model", "org/text.txt"])
+def test_what_a_workers_machine_lacks_is_not_looked_up_on_the_hub(
+    moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables = glass_tables(tmp_path)
+    shutil.copytree(tables["model"]["name"], "org/model")
+    shutil.copy(tables["data"]["search"], "org/text.txt")
+    given = {"model": {"name": "org/model"}, "data": {"calibration": "org/text.txt"}}
+    each = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables=given))
+    reporter = Reporter(Console(quiet=True))
+    job = CellQueue([(each, each.cells[0])], {each.file: None}, reporter).take(0)
+    assert isinstance(job, Job)
+    Path(moved).rename("org/moved")  # as if this were another machine
+    with pytest.raises(WorkerError, match=f"a worker on .* does not see {tmp_path / moved}"):
+        cell_module.CellRunner(reporter)(job)
 
 
 def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:

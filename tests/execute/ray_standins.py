@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import Request
+from ffgym.files import write_text
 from ffgym.types import Evaluation, OnShare
 
 
@@ -68,3 +70,17 @@ class Standin:
             os.kill(os.getpid(), signal.SIGSTOP)
         if claimed(self.folder / "raise"):
             raise ZeroDivisionError("a mistake")
+
+
+@dataclass(frozen=True)
+class Told(Standin):
+    """Notes which variables its process has, and which hub's folder huggingface_hub read when it was imported."""
+
+    names: tuple[str, ...] = ()
+
+    def __call__(self) -> Told:
+        from huggingface_hub import constants
+
+        told = {"imported with": constants.HF_HOME, **{name: os.environ.get(name) for name in self.names}}
+        write_text(self.folder / "told.json", json.dumps(told))
+        return self

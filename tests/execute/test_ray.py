@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from glass_runs import glass_config, untimed
 from processes import until
-from ray_standins import Standin, patiently
+from ray_standins import Standin, Told, patiently
 from rich.console import Console
 
 from ffgym.errors import ModelError, WorkerError
@@ -29,6 +31,7 @@ from ffgym.prepare.workers import EvaluatorMaker
 
 pytestmark = pytest.mark.slow
 DENSE = (0, 0)
+OF_THE_CLUSTER = "MLFLOW_TRACKING_USERNAME"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,8 +42,10 @@ def ray_here() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         here = str(Path(__file__).parent)
         patch.setenv("PYTHONPATH", os.pathsep.join([here, *sys.path]))
+        patch.setenv(OF_THE_CLUSTER, "its own")
         quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
         patiently(lambda: ray.init(address="local", num_cpus=6, object_store_memory=100_000_000, **quiet))
+        patch.delenv(OF_THE_CLUSTER)
         yield
         ray.shutdown()
 
@@ -189,7 +194,8 @@ def test_what_a_worker_raises_arrives_with_its_traceback_and_why_none_loads(exec
         losses(executor)
     assert "in measure" in "\n".join(raised.value.__notes__)
     (executor.folder / "broken").touch()  # for the one that takes its place
-    with pytest.raises(ModelError, match="no such model") as refused:
+    assert f"in a worker on {socket.gethostname()}" in raised.value.__notes__[-1]
+    with pytest.raises(ModelError, match=f"^a worker on {socket.gethostname()}: no such model") as refused:
         until(lambda: losses(executor) != LOSSES)
     assert refused.value.hint == "Name another."
 
@@ -200,8 +206,40 @@ def test_a_package_that_a_workers_machine_lacks(tmp_path: Path, monkeypatch: pyt
     sys.modules["only_here"].Maker = maker  # type: ignore[attr-defined]
     with connected(Workers(2), print) as cluster:
         executor = cluster.executor(maker(), Standin(tmp_path, is_worker=False), DENSE)
-        with pytest.raises(WorkerError, match=r"a worker cannot begin on its machine: .*No module named 'only_here'"):
+        with pytest.raises(WorkerError, match=r"a worker cannot begin on [\d.]+: .*No module named 'only_here'"):
             losses(executor)
+
+
+def test_workers_are_told_what_this_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.worker import _global_node
+
+    told = {
+        "HF_HOME": f"{tmp_path}",
+        "HF_TOKEN": "hf_not_for_logs",
+        "MLFLOW_TRACKING_URI": "https://me:not_for_logs@here",
+    }
+    for name, value in {**told, "AWS_SECRET_ACCESS_KEY": "whose?"}.items():
+        monkeypatch.setenv(name, value)
+    names = (*told, OF_THE_CLUSTER, "AWS_SECRET_ACCESS_KEY")
+    with connected(Workers(2), print) as cluster:
+        executor = cluster.executor(Told(tmp_path, names=names), Standin(tmp_path, is_worker=False), DENSE)
+        assert losses(executor) == LOSSES
+    known = json.loads((tmp_path / "told.json").read_text())
+    assert known.pop("imported with") == f"{tmp_path}"
+    assert known == {**told, OF_THE_CLUSTER: None, "AWS_SECRET_ACCESS_KEY": None}
+    logs = [path for path in Path(_global_node.get_logs_dir_path()).rglob("*") if path.is_file()]
+    assert logs
+    assert not any("not_for_logs" in path.read_text(errors="replace") for path in logs)
+
+
+def test_a_model_that_a_worker_cannot_see(tmp_path: Path) -> None:
+    import torch
+
+    nothing, place = torch.zeros(0, 2, dtype=torch.int64), tmp_path / "moved"
+    maker = EvaluatorMaker(glass_config(tmp_path), nothing, nothing, (), frozenset(), None, "llama-12", place=place)
+    with pytest.raises(WorkerError, match=f"a worker on {socket.gethostname()} does not see {place}") as raised:
+        maker()
+    assert "disk that all machines share" in str(raised.value.hint)
 
 
 def test_a_store_that_a_worker_cannot_see(tmp_path: Path) -> None:
