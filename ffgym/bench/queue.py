@@ -69,7 +69,7 @@ class CellQueue:
             asked = self._heuristics.get(cell.preparation, ())
             if prior.name != "none" and (prior.name, prior.options) not in asked:
                 self._heuristics[cell.preparation] = (*asked, (prior.name, prior.options))
-        self._count, self._begun = len(cells), time.monotonic()
+        self._count, self._begun = len(cells), 0.0
         self._running: dict[int, tuple[Bench, Cell]] = {}
         self._losses: dict[str, int] = {}
         self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
@@ -92,6 +92,8 @@ class CellQueue:
             self._waiting, key=lambda p: (_round(p), p[1].preparation != own, p[1].preparation in others)
         )
         self._waiting.remove((each, cell))
+        if not (self._done or self._running):
+            self._begun = time.monotonic()  # what workers took to start says nothing of the pace
         self._prepared[worker] = cell.preparation
         self._running[worker] = each, cell
         left = ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ffgym.errors import FFGymError, WorkerError
+from ffgym.report.layout import counted
 
 LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
@@ -147,9 +148,10 @@ class Pool:
         if self._is_closed:
             raise WorkerError("this environment is closed, and its workers have ended", hint="Make it again.")
         self._heard = time.monotonic()
-        for worker in range(min(wanted, self.size)):
-            if not (worker in self._starting or worker in self._ready or worker in self._busy):
-                self._paused.setdefault(worker, 0.0)
+        there = self._starting | self._ready | self._busy.keys() | self._paused.keys()
+        if missing := [worker for worker in range(min(wanted, self.size)) if worker not in there]:
+            self._notify(f"loading the model in {counted(len(missing), 'worker')}")
+            self._paused |= dict.fromkeys(missing, 0.0)
         while not queue.is_finished:
             for worker in [each for each, until in self._paused.items() if until <= time.monotonic()]:
                 del self._paused[worker]

@@ -152,7 +152,9 @@ class RayExecutor:
     def _tell(self, shares: Shares, on_progress: OnShare | None) -> None:
         if on_progress is not None:
             running = sum(share.cost * self._pool.share(worker) for worker, share in shares.taken.items())
-            on_progress(min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total))
+            done = min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total)
+            if done or not shares.taken:  # 0 says that nobody measures yet
+                on_progress(done)
 
 
 @contextlib.contextmanager

@@ -69,6 +69,10 @@ class _Plan:
         step = self._steps[self._place]
         self._saved += share * step.seconds / step.stages
 
+    def wait(self, seconds: float) -> None:
+        """Note that nothing was done for so long."""
+        self._begun += seconds
+
     def head(self) -> str:
         return f"stage {self._place + 1}/{len(self._steps)}"
 
@@ -102,6 +106,7 @@ class Stage:
         self._unit, self._note = unit, ""
         self._console, self._plan = console, plan
         self._last = self._begun = time.monotonic()
+        self._waited = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         """Say how far it is, where the total may have become known only now."""
@@ -110,7 +115,7 @@ class Stage:
 
     def restart(self) -> None:
         """Start the clock again: what went before, such as importing libraries, says nothing of the pace."""
-        self._begun = time.monotonic()
+        self._begun, self._waited = time.monotonic(), 0.0
 
     def advance(self, steps: int = 1, note: str = "", *, is_known: bool = False) -> None:
         """Move on.
@@ -128,7 +133,15 @@ class Stage:
         self._print_line()
 
     def partly(self, steps: float) -> None:
-        """Say how many further steps are under way that are counted when they end."""
+        """Say how many further steps are under way that are counted when they end.
+
+        Until there is a first one, 0 says that it has not begun, as while workers load: this says nothing of the pace.
+        """
+        if not steps and self.done == self._known:
+            waited = time.monotonic() - self._begun
+            if self._plan is not None:
+                self._plan.wait(waited - self._waited)
+            self._waited = waited
         self._partly = min(steps, self.total - self.done)
         self._print_line()
 
@@ -158,7 +171,7 @@ class Stage:
 
     def _own_left(self) -> float | None:
         """Seconds until the stage ends; ``None`` while nothing says how fast it is."""
-        done, elapsed = self.done + self._partly, time.monotonic() - self._begun
+        done, elapsed = self.done + self._partly, time.monotonic() - self._begun - self._waited
         return elapsed / (done - self._known) * (self.total - done) if done > self._known else None
 
     def _left(self) -> str:

@@ -31,6 +31,7 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
     queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    now[0] += 60.0  # workers start
     for _ in each.cells:
         now[0] += written(queue.take(0), tokens_a_second=100)
         queue.done(0)

@@ -89,14 +89,17 @@ def test_a_worker_that_dies_is_replaced_and_its_work_is_done_again() -> None:
     shares = update(crew, 2, requests(4), Speeds(known={0: 60.0, 1: 60.0}), said)  # none is late, so none is helped
     assert len(shares.answers) == 4
     assert crew.started == [0, 1, 0]
-    assert said == ["worker 1 died and its work is done again; another one takes its place"]
+    assert said == [
+        "loading the model in 2 workers",
+        "worker 1 died and its work is done again; another one takes its place",
+    ]
 
 
 def test_a_worker_that_hangs_is_replaced() -> None:
     crew = SleepingCrew(lambda worker: 60.0 if crew.started == [0] else 0.0)
     speeds, said = Speeds(least_patience=0.2, known={0: 0.001}), list[str]()
     assert len(update(crew, 1, requests(2), speeds, said).answers) == 2
-    assert re.match(r"worker 1 did nothing for \d+ s and its work is done again", said[0])
+    assert re.match(r"worker 1 did nothing for \d+ s and its work is done again", said[1])
 
 
 def test_work_that_no_worker_survives_stops() -> None:

@@ -159,6 +159,7 @@ def test_requests_are_shared_and_the_dense_model_is_measured_here(executor: Stan
     assert measured.pop(os.getpid()) == 1
     assert sum(measured.values()) >= 5, "more where one helped the other"
     assert shares == sorted(shares)
+    assert 0.0 not in shares, "it is told only while nobody measures"
     assert shares[-1] == 1.0
     assert losses(executor) == LOSSES
     assert set(workers_of(executor.folder)) <= executor.processes, "they are kept from update to update"

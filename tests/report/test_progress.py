@@ -110,6 +110,23 @@ def test_steps_of_an_earlier_session_say_nothing_of_how_long_the_others_take(at:
     assert text(out).splitlines()[1] == ("stage 1/2: search: 90/100 · 0:10 elapsed · 0:10 left · 1:50 left in all")
 
 
+def test_what_workers_take_to_load_says_nothing_of_how_long_the_search_takes(at: Callable[[float], None]) -> None:
+    out = console()
+    reporter = Reporter(out)
+    reporter.plan([Step("search", 100.0), Step("report", 100.0)])
+    with reporter.stage("search", 100) as stage:
+        for second in (30, 60):
+            at(second)
+            stage.partly(0.0)
+        at(70)
+        stage.partly(10.0)
+    assert text(out).splitlines()[:3] == [
+        "stage 1/2: search: 0/100 · 0:30 elapsed · 3:20 left in all",
+        "stage 1/2: search: 0/100 · 1:00 elapsed · 3:20 left in all",
+        "stage 1/2: search: 10/100 · 1:10 elapsed · 1:30 left · 3:10 left in all",
+    ]
+
+
 class TestPlan:
     STEPS = (Step("load", 10.0), Step("search: a", 60.0), Step("report", 30.0, stages=3))
 
