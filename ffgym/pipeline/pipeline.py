@@ -25,7 +25,7 @@ from ffgym.pipeline.compare import (
     model_folder,
     start_rewards,
 )
-from ffgym.pipeline.folder import reopen_folder
+from ffgym.pipeline.folder import check_output, reopen_folder
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
@@ -88,6 +88,7 @@ def run(
     check_weights(config.model.name)
     check_texts(config.data)
     if resume is None:
+        check_output(config)  # again when it is claimed; before that, starting Ray would take a minute
         table_digest(config)  # refuses resources that cannot be counted; a resumed run has its own latency table
     reporter.print(plan.summary)
     plan.check()

@@ -10,12 +10,15 @@ from typing import Any
 
 import gymnasium
 import pytest
+from glass_runs import glass_config
 from processes import free_port
+from rich.console import Console
 
 from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import load_config
-from ffgym.errors import ConfigError, WorkerError
+from ffgym.errors import ConfigError, OutputError, WorkerError
 from ffgym.execute.ray import Workers, connected
+from ffgym.pipeline.pipeline import run
 from ffgym.prepare.workers import cluster_of, report_crowded_cores, report_idle_workers
 
 
@@ -81,6 +84,13 @@ def test_auto_without_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert refusal(WorkersTable(count=2, ray_address="auto")).startswith(f"no Ray cluster answers at {NOBODY}: ")
     monkeypatch.setenv("RAY_ADDRESS", NO_ONE)
     assert refusal(WorkersTable(count=2, ray_address="auto")).startswith(f"no Ray cluster answers at {NO_ONE}: ")
+
+
+def test_a_used_output_folder_is_refused_before_ray_is_started(without_ray: None, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.md").write_text("of an earlier run")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        run(glass_config(tmp_path, workers={"count": 2}), progress=Console(quiet=True))
 
 
 def test_one_device_for_several_workers() -> None:
