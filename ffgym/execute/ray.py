@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, TextIO, cast
 
 import psutil
@@ -193,7 +194,7 @@ def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Clust
         place = "starting Ray on this machine" if workers.address is None else f"connecting to Ray at {workers.address}"
         notify(f"{place} for {workers.count} workers")
         ended = signal.getsignal(signal.SIGTERM)
-        _begin(ray, workers.address)
+        _begin(ray, workers.address, notify)
         _BEGUN.append(workers.address)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ended)  # Ray's own handler would end the run without saving anything
@@ -235,11 +236,11 @@ def _imported() -> Any:
     return ray
 
 
-def _begin(ray: Any, address: str | None) -> None:
+def _begin(ray: Any, address: str | None, notify: Callable[[str], None]) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         own = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-        _start(lambda: ray.init(address="local", **own, **quiet))
+        _start(ray, {"address": "local", **own, **quiet}, notify)
         return
     hint = "Start one with ray start --head, or leave --ray-address out to use this machine alone."
     at = _noted() if address == "auto" else address
@@ -254,16 +255,31 @@ def _begin(ray: Any, address: str | None) -> None:
         raise WorkerError(f"cannot join the Ray cluster at {at}: {first_line(error)}", hint=hint) from None
 
 
-def _start(start: Callable[[], object]) -> None:
+def _start(ray: Any, options: dict[str, Any], notify: Callable[[str], None]) -> None:
     """Start Ray; its processes have 30 seconds for it, which a busy machine may exceed once or twice."""
+    earlier = psutil.Process().children()
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            start()
+            ray.init(**options)
             return
         except Exception as error:
+            _clear(ray, earlier)
             if attempt == ATTEMPTS:
                 hint = "If the machine is very busy, run it again later; or leave --workers out."
                 raise WorkerError(f"Ray did not start on this machine: {first_line(error)}", hint=hint) from error
+            notify(f"Ray did not start ({first_line(error)}): trying again")
+
+
+def _clear(ray: Any, earlier: Sequence[psutil.Process]) -> None:
+    """End what a try to start Ray has left: its own clearing knows nothing of processes that came up too late."""
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+    package = str(Path(ray.__file__).parent)
+    for process in set(psutil.Process().children()) - set(earlier):
+        with contextlib.suppress(psutil.Error):
+            if any(package in word for word in process.cmdline()):  # another thread's children are not Ray's
+                process.terminate()
+                _end(process.pid)
 
 
 def _noted() -> str | None:

@@ -31,22 +31,30 @@ MARK = "FFGYM_TEST_MARK"
 
 
 def test_ray_may_take_long_to_start_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one try leaves, as Ray does, must not compete with the next."""
     import ray
 
-    starts: list[str] = []
+    starts: list[subprocess.Popen[bytes]] = []
+    said: list[str] = []
 
     def too_late(**options: Any) -> None:
-        starts.append(options["address"])
+        assert options["address"] == "local"
+        assert all(earlier.poll() is not None for earlier in starts)
+        starts.append(subprocess.Popen([sys.executable, "-c", "input()", *ray.__path__], stdin=subprocess.PIPE))
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", too_late)
-    with (
-        pytest.raises(WorkerError, match=r"Ray did not start on this machine: The current node timed out") as raised,
-        connected(Workers(2), print),
-    ):
-        pass
-    assert len(starts) > 1
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        with (
+            pytest.raises(WorkerError, match=r"Ray did not start on this machine: The current node timed") as raised,
+            connected(Workers(2), said.append),
+        ):
+            pass
+        assert other.poll() is None
     assert "busy" in str(raised.value.hint)
+    assert said[1:] == ["Ray did not start (The current node timed out during startup.): trying again"] * 2
+    assert len(starts) == 3
+    assert all(each.poll() is not None for each in starts)
 
 
 def test_a_machine_leaves_and_another_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
