@@ -25,7 +25,8 @@ class TrainingSetup:
     """What a recovery method is given.
 
     Attributes:
-        model: causal LM, float32 or bfloat16, in eval mode and frozen. It is trained in place and left like that.
+        model: causal LM, float32 or bfloat16, in eval mode and frozen. It is trained in place and left like that; a
+            parameter that is gone, in another dtype or on another device is refused.
         dense: the model that it was pruned from, where the method ``needs_dense``; otherwise ``None``.
         windows: training token ids, shape (windows, length), int64.
         held_out: token ids that decide which weights to keep, shape (windows, length), int64.
@@ -63,10 +64,11 @@ class TrainingOutcome:
 
     Attributes:
         before: loss on the held-out windows before training, nats per token.
-        after: the same with the weights that the model has now; where it is not lower, training is undone.
+        after: the same with the weights that the model has now. The commands measure both themselves, and undo the
+            training where that did not lower the loss.
         summary: a sentence that says what was done.
         kept: which weights the model has now, e.g. ``"the adapters of step 4 were merged"``.
-        curve: how training went, JSON: what ``recovery.json`` holds and ``draw`` draws.
+        curve: how training went, JSON: what ``recovery.json`` holds and ``draw`` draws, after the model was saved.
     """
 
     before: float

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -46,11 +46,6 @@ from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Evaluation, JSONDict
 
-OUTCOME = {
-    **dict.fromkeys(("before", "after"), (SupportsFloat, "a number")),
-    **dict.fromkeys(("summary", "kept"), (str, "text")),
-    "curve": (dict, "a dict"),
-}
 DIGITS = 12  # of a digest, enough to tell two texts apart
 DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # keys of [recover] that decide a training's numbers
 
@@ -270,15 +265,27 @@ class _Recovery:
         )
 
     def train(self) -> TrainingOutcome:
-        """Let the method train the model; where that lowered no loss, take the model as it was."""
-        outcome = call_plugin(self.method, partial(self.method.train, self._setup()), "training the model")
+        """Let the method train the model; where that lowered no loss, take the model as it was.
+
+        Returns:
+            what the method handed back, with the losses that are measured here: its own may be of other weights.
+        """
+        setup, who = self._setup(), manager.described(self.method)
+        before, given = setup.held_out_loss(), _parameters(setup.model)
+        outcome = call_plugin(self.method, partial(self.method.train, setup), "training the model")
         if not isinstance(outcome, TrainingOutcome):
+            raise PluginError(f"{who}: train returned {type(outcome).__name__}, not a TrainingOutcome")
+        for name in ("summary", "kept"):
+            if not isinstance(value := getattr(outcome, name), str):
+                raise PluginError(f"{who}: {name} of its outcome is {value!r}, not text")
+        returned = _parameters(setup.model)
+        if changed := [name for name in given if returned.get(name) != given[name]]:
+            name = changed[0]
             raise PluginError(
-                f"{manager.described(self.method)}: train returned {type(outcome).__name__}, not a TrainingOutcome"
+                f"{who}: after training, parameter {name} is {returned.get(name, 'gone')}, not {given[name]}",
+                hint="Hand the model back as it was given: convert it back, and take out what was put in.",
             )
-        for name, (kind, what) in OUTCOME.items():
-            if not isinstance(value := getattr(outcome, name), kind):
-                raise PluginError(f"{manager.described(self.method)}: {name} of its outcome is {value!r}, not {what}")
+        outcome = replace(outcome, before=before, after=setup.held_out_loss())
         if not outcome.after < outcome.before:
             self.loaded = _load(self.source, self.config)
         return outcome
@@ -340,7 +347,7 @@ class _Recovery:
         return Measured(label, result, sum(p.numel() for p in loaded.model.parameters()))
 
     def save(self, outcome: TrainingOutcome, table: RecoveryTable, place: Path, overwrite: bool) -> RecoveredModel:
-        """Save the model with all that is known of it, and delete the checkpoints."""
+        """Save the model with all that is known of it, and delete the checkpoints; then draw how training went."""
         text, method = self.texts.training, self.method.name
         summary = (outcome.summary, _gain(outcome), f"Training text: {text.source}.")
         files = self._write_results(outcome, table)
@@ -354,36 +361,61 @@ class _Recovery:
             stock=is_stock(self.loaded.model),
             towers=self.loaded.towers is not None,
         )
-        with held_back_interrupts():  # interrupted in between, the same command would train again
-            model, tokenizer, towers = self.loaded.model, self.loaded.tokenizer, self.loaded.towers
-            saved = save_again(
-                model,
-                tokenizer,
-                place,
-                card=card,
-                files=files,
-                overwrite=overwrite,
-                towers=towers,
-                dtype=self.loaded.saved_dtype,
-            )
-            self.checkpoint.remove()
-        for name in (CURVE, PICTURE):
-            self.tracker.log_artifact(saved.path / name)
+        with held_back_interrupts(first_only=True):  # else a resumed run trains again; a second one ends what hangs
+            with held_back_interrupts():  # interrupted in between, the same command would train again
+                model, tokenizer, towers = self.loaded.model, self.loaded.tokenizer, self.loaded.towers
+                saved = save_again(
+                    model,
+                    tokenizer,
+                    place,
+                    card=card,
+                    files=files,
+                    overwrite=overwrite,
+                    towers=towers,
+                    dtype=self.loaded.saved_dtype,
+                )
+                self.checkpoint.remove()
+            self._draw(outcome, saved.path / PICTURE)
+        for path in (saved.path / CURVE, saved.path / PICTURE):
+            if path.exists():
+                self.tracker.log_artifact(path)
         return RecoveredModel(saved, table, table.rows[-1].evaluation, summary)
 
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
-        """The curve, the configuration and the picture, beside the checkpoints."""
-        content = {"method": self.method.name, **outcome.curve, "report": table.layout().as_dicts()}
-        curve = call_plugin(self.method, lambda: json.dumps(strict(content), indent=1), "handing back its curve")
-        picture = self.checkpoint.folder / PICTURE
-        figure = new_figure(8.0, 4.5)
-        axes = figure.subplots()
-        call_plugin(self.method, lambda: self.method.draw(axes, outcome.curve), "drawing its curve")
-        tidy(axes)
-        axes.legend(frameon=False)
-        save_figure(figure, picture)
+        """The curve and the configuration, beside the checkpoints; of a curve that is no JSON, what else there is."""
+        rows = table.layout().as_dicts()
+
+        def content(curve: JSONDict) -> str:
+            return json.dumps(strict({"method": self.method.name, **curve, "report": rows}), indent=1)
+
+        try:
+            text = call_plugin(self.method, lambda: content(outcome.curve), "handing back its curve")
+        except PluginError as error:
+            self.reporter.print(f"{CURVE} is without the curve: {error.message}")
+            text = content({})
         config = _record(self.config, self.dense)
-        return [self.checkpoint.write(CURVE, curve), self.checkpoint.write("config.toml", config), picture]
+        return [self.checkpoint.write(CURVE, text), self.checkpoint.write("config.toml", config)]
+
+    def _draw(self, outcome: TrainingOutcome, picture: Path) -> None:
+        """Draw how training went; a picture that cannot be drawn is no reason to lose a training."""
+
+        def draw() -> None:
+            figure = new_figure(8.0, 4.5)
+            axes = figure.subplots()
+            self.method.draw(axes, outcome.curve)
+            tidy(axes)
+            axes.legend(frameon=False)
+            save_figure(figure, picture)
+
+        try:
+            call_plugin(self.method, draw, "drawing its curve")
+        except FFGymError as error:
+            self.reporter.print(f"no {PICTURE}: {error.message}")
+
+
+def _parameters(model: Any) -> dict[str, str]:
+    """Of each parameter, e.g. ``"float32 on cuda:0"``."""
+    return {name: f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for name, p in model.named_parameters()}
 
 
 def _evaluate(loaded: LoadedModel, windows: torch.Tensor, on_batch: Callable[[int], None] | None = None) -> Evaluation:

@@ -50,7 +50,8 @@ class RecoveredModel:
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
         console.print(self.table.layout())
-        lines = [*self.summary, f"Model, {CURVE} and {PICTURE}: {self.saved.path}"]
+        what = f"Model, {CURVE} and {PICTURE}" if (self.saved.path / PICTURE).exists() else f"Model and {CURVE}"
+        lines = [*self.summary, f"{what}: {self.saved.path}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         for line in [*lines, "Load the model with", f"  {load_line(self.saved.path)}"]:

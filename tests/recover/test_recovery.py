@@ -246,7 +246,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> 
     [
         ("lora", lora_module, "rate_at", 3),  # in a step
         ("lora", recover, "save_again", 0),  # when all is trained
-        ("distil-mlp", recover, "save_figure", 0),
+        ("distil-mlp", recover, "recovered_card", 0),
     ],
 )
 def test_the_same_command_goes_on_and_ends_with_the_same_bits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ class Shrink(ffgym.Recovery):
 
     class Config(ffgym.PluginConfig):
         steps: int = Field(default=2, ge=1, description="how often to shrink, at least 1")
-        after: float = Field(default=1.0, description="what it says of itself")
         colour: str = Field(default="red", description="of the picture")
 
     def train(self, setup):
@@ -47,7 +47,7 @@ class Shrink(ffgym.Recovery):
                     raise KeyboardInterrupt
         return ffgym.TrainingOutcome(
             before=2.0,
-            after=self.config.after,
+            after=1.0,
             summary=f"Shrunk {len(rates)} times, {len(setup.windows)} windows, after {earlier} earlier.",
             kept="all of it was kept",
             curve={"rates": rates, "gain": float("nan")},
@@ -105,7 +105,7 @@ def test_the_command_trains_by_it(pruned: Path, tmp_path: Path) -> None:
     assert [row["label"] for row in found["table"]] == ["dense", "before", "shrink"]
     assert found["table"][1]["loss"] != found["table"][2]["loss"]
     assert found["summary"][0].startswith("Shrunk 3 times")
-    assert "1.0000 after; all of it was kept" in found["summary"][1]
+    assert re.search(r": 5\.\d{4} before, 5\.\d{4} after; all of it was kept\.$", found["summary"][1]), "as measured"
     curve = json.loads((out / "recovery.json").read_text())
     assert (curve["method"], curve["rates"], curve["gain"]) == ("shrink", [0.25] * 3, None)
     assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
@@ -133,11 +133,14 @@ def test_a_run_trains_by_it(tmp_path: Path) -> None:
     assert call("recover", before, *small).exit_code == 0
 
 
-@pytest.mark.usefixtures("shrink")
-def test_what_did_not_help_is_undone(pruned: Path, tmp_path: Path) -> None:
-    done = call("recover", pruned, "--method", "shrink", "--set", "recover.after=2.0", "--output", tmp_path / "out")
+@pytest.mark.parametrize("said", ["1.0", "float('nan')", "None"])
+def test_what_did_not_help_is_undone_whatever_the_method_says(
+    install: Callable[..., None], pruned: Path, tmp_path: Path, said: str
+) -> None:
+    install("acme-grow", METHOD.replace("mul_(1 - rate)", "mul_(3)").replace("after=1.0", f"after={said}") + HOOK)
+    done = call("recover", pruned, "--method", "shrink", "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert "nothing was kept" in done.stdout
+    assert re.search(r"Training did not lower the loss .*, 5\.\d{4}: nothing was kept", done.stdout)
     assert torch.equal(head(tmp_path / "out"), head(pruned / "model"))
 
 
@@ -172,10 +175,15 @@ def test_its_options_are_validated(pruned: Path, options: list[str], complaint: 
     ("change", "complaint"),
     [
         (("return ffgym.TrainingOutcome(", "return dict("), "train returned dict, not a TrainingOutcome"),
-        (("before=2.0", "before=None"), "before of its outcome is None, not a number"),
-        (("curve={", "curve=None and {"), "curve of its outcome is None, not a dict"),
-        (('curve={"rates": rates,', 'curve={"rates": {1, 2},'), "failed while handing back its curve: TypeError"),
-        (('axes.plot(curve["rates"]', 'axes.plot(curve["rate"]'), "failed while drawing its curve: KeyError: 'rate'"),
+        (('kept="all of it was kept"', "kept=5"), "kept of its outcome is 5, not text"),
+        (
+            ("        return ffgym", "        setup.model.double()\n        return ffgym"),
+            "after training, parameter model.embed_tokens.weight is float64 on cpu, not float32 on cpu",
+        ),
+        (
+            ("        return ffgym", "        del setup.model.model.norm.weight\n        return ffgym"),
+            "after training, parameter model.norm.weight is gone, not float32 on cpu",
+        ),
         (("rates = [setup", "rates = 1 / 0 * [setup"), "failed while training the model: ZeroDivisionError"),
     ],
 )
@@ -187,6 +195,56 @@ def test_a_method_that_breaks_is_named(
     assert done.exit_code == 1, done.output
     assert "recovery 'shrink' (package acme-broken 1.0)" in done.stderr
     assert complaint in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint", "rates", "is_drawn"),
+    [
+        (("curve={", "curve=None and {"), "failed while handing back its curve: TypeError", None, False),
+        (('"gain": float("nan")', '"gain": {1}'), "failed while handing back its curve: TypeError", None, True),
+        (('plot(curve["rates"]', 'plot(curve["rate"]'), "failed while drawing its curve: KeyError", [0.25] * 2, False),
+        (('label="rate"', 'label=r"$\\frac$"'), "failed while drawing its curve: ValueError", [0.25] * 2, False),
+    ],
+)
+def test_a_curve_that_cannot_be_kept_or_drawn_loses_no_training(
+    install: Callable[..., None],
+    pruned: Path,
+    tmp_path: Path,
+    change: tuple[str, str],
+    complaint: str,
+    rates: list[float] | None,
+    is_drawn: bool,
+) -> None:
+    install("acme-broken", METHOD.replace(*change) + HOOK)
+    out = tmp_path / "out"
+    done = call("recover", pruned, "--method", "shrink", "--output", out)
+    assert done.exit_code == 0, done.output
+    assert f"recovery 'shrink' (package acme-broken 1.0) {complaint}" in done.stderr
+    assert torch.equal(head(out), head(pruned / "model") * 0.75**2)
+    assert not (tmp_path / "out.unfinished").exists()
+    curve = json.loads((out / "recovery.json").read_text())
+    assert (curve["method"], curve.get("rates"), len(curve["report"])) == ("shrink", rates, 3)
+    assert (out / "recovery.png").exists() == is_drawn
+    assert ("recovery.png: " in done.stdout) == is_drawn
+
+
+@pytest.mark.parametrize("interrupts", [1, 2])
+def test_ctrl_c_while_drawing_loses_no_training(
+    install: Callable[..., None], pruned: Path, tmp_path: Path, interrupts: int
+) -> None:
+    """The first one waits until it is drawn; the second one does not."""
+    draws = "def draw(self, axes, curve):\n        "
+    interrupted = (
+        f"import os, signal\n        [os.kill(os.getpid(), signal.SIGINT) for _ in range({interrupts})]\n        "
+    )
+    install("acme-shrink", METHOD.replace(draws, draws + interrupted) + HOOK)
+    out = tmp_path / "out"
+    done = call("recover", pruned, "--method", "shrink", "--output", out)
+    assert done.exit_code == 130, done.output
+    assert "the same command continues it" not in done.stderr
+    assert torch.equal(head(out), head(pruned / "model") * 0.75**2)
+    assert not (tmp_path / "out.unfinished").exists()
+    assert (out / "recovery.png").exists() == (interrupts == 1)
 
 
 @pytest.mark.parametrize(
