@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -373,6 +374,26 @@ def test_tutorial_export_format_writes_a_file(tmp_path: Path) -> None:
     target, form = tmp_path / "weights", example("docs/plugins.md", "export")()
     written = form.write(tmp_path / "model", target, overwrite=False, progress=lambda done, total: None)
     assert (written.path, written.bytes) == (target, target.stat().st_size)
+
+
+def test_tutorial_training_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+    from ffgym.recover.checkpoint import Checkpoint
+
+    (block,) = re.findall(r"^```python\n(saved = .*?)^```", text("docs/plugins.md"), flags=re.MULTILINE | re.DOTALL)
+    setup, done = SimpleNamespace(checkpoint=Checkpoint(tmp_path / "parts", {})), list[int]()
+    setup.checkpoint.claim()
+
+    def train_step(weight: torch.Tensor, step: int) -> None:
+        if step == 2 and step not in done:
+            done.append(step)
+            raise KeyboardInterrupt
+        done.append(step)
+        weight += 1
+
+    with pytest.raises(KeyboardInterrupt):
+        exec(block, {"setup": setup, "train_step": train_step, "steps": 4, "weight": torch.zeros(2)})
+    exec(block, {"setup": setup, "train_step": train_step, "steps": 4, "weight": (weight := torch.zeros(2))})
+    assert (done, weight.tolist()) == ([0, 1, 2, 2, 3], [4, 4])
 
 
 def test_tutorial_recovery_trains(random_windows: Any) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -94,8 +94,18 @@ class Checkpoint:
             )
 
     def save(self, name: str, tensors: dict[str, torch.Tensor], facts: JSONDict) -> None:
-        """Write one part."""
+        """Write one part.
+
+        Raises:
+            RecoveryError: one of the tensors is none.
+        """
         path = self.folder / f"{name}{SUFFIX}"
+        for key, value in tensors.items():
+            if not torch.is_tensor(value):
+                raise RecoveryError(
+                    f"checkpoint part {name!r}: tensors[{key!r}] is a {type(value).__name__}, not a tensor",
+                    hint="Numbers, text, lists and dicts go into its facts.",
+                )
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         with replacing(path) as unfinished:
             save_file(plain, unfinished, {"facts": json.dumps(facts)})
@@ -111,7 +121,16 @@ class Checkpoint:
 
         Args:
             facts: what the facts must be: a dataclass or another type that pydantic knows.
+
+        Raises:
+            RecoveryError: ``facts`` is no type, or the part is damaged.
         """
+        given: object = facts  # a plugin's author may pass anything
+        if not isinstance(given, type) and get_origin(given) is None:
+            raise RecoveryError(
+                f"checkpoint part {name!r}: facts is {given!r}, not a type such as dict",
+                hint="Pass the type that the facts have: checkpoint.load(name, dict).",
+            )
         path = self.folder / f"{name}{SUFFIX}"
         if not path.exists():
             return None

@@ -47,6 +47,18 @@ def test_a_training_that_wrote_no_part_is_in_nobodys_way(tmp_path: Path) -> None
     assert not claimed(tmp_path / "c", rank=16).exists
 
 
+@pytest.mark.parametrize("facts", [{}, "dict", None, ["step"]])
+def test_facts_that_are_no_type_are_refused_before_there_is_a_part(tmp_path: Path, facts: Any) -> None:
+    with pytest.raises(RecoveryError, match=r"part 'lora': facts is .*, not a type such as dict"):
+        claimed(tmp_path / "c").load("lora", facts)
+
+
+def test_what_is_no_tensor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecoveryError, match=r"part 'lora': tensors\['losses'\] is a list, not a tensor"):
+        claimed(tmp_path / "c").save("lora", {**TENSORS, "losses": [1, 2]}, {})  # type: ignore[dict-item]
+    assert not list((tmp_path / "c").glob("*.safetensors"))
+
+
 def full_disk(self: Path, *_: object, **__: object) -> None:
     self.open("w").close()
     raise OSError(errno.ENOSPC, "No space left on device")
