@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 from ffgym.errors import DataError, PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.contracts import call_plugin
+from ffgym.plugins.contracts import as_number, call_with_model, is_built_in
 from ffgym.types import Bos
 
 LONGEST_WINDOW = 1024  # tokens
@@ -88,14 +89,36 @@ def score(
     """Let a metric score a model.
 
     Raises:
-        PluginError: it raised, or returned no numbers; whether they are finite is the model's doing.
+        PluginError: it raised, changed the model, or returned no numbers, more than ``limit``, or, of a model whose
+            logits are finite, numbers that are not.
     """
-    call = partial(metric.scores, model, tokenizer, limit=limit, on_progress=on_progress)
-    answer = call_plugin(metric, call, "scoring a model")
+
+    def call() -> Any:
+        scores = metric.scores(model, tokenizer, limit=limit, on_progress=on_progress)
+        return list(scores) if isinstance(scores, Iterator) else scores  # a generator has not run before
+
+    answer = call_with_model(metric, model, call, "scoring a model")
+    who = f"{manager.described(metric)}: scores returned"
     try:
-        scores = [float(number) for number in answer]
-    except (TypeError, ValueError):
-        raise PluginError(f"{manager.described(metric)}: scores returned {answer!r}, not numbers") from None
+        scores = [as_number(each) for each in answer]
+    except (TypeError, ValueError, RuntimeError):
+        shape = getattr(answer, "shape", None)
+        what = reprlib.repr(answer) if shape is None else f"{type(answer).__name__} of shape {tuple(shape)}"
+        raise PluginError(f"{who} {what}, not numbers") from None
     if not scores:
-        raise PluginError(f"{manager.described(metric)}: scores returned no number", hint="Score at least one example.")
+        raise PluginError(f"{who} no number", hint="Score at least one example.")
+    if limit is not None and len(scores) > limit:
+        raise PluginError(f"{who} {len(scores)} numbers, more than limit = {limit}", hint="Score the first ones alone.")
+    wrong = next((index for index, number in enumerate(scores) if not math.isfinite(number)), None)
+    if wrong is not None and not is_built_in(metric) and _is_finite(model):
+        raise PluginError(f"{who} {scores[wrong]} for example {wrong + 1}, and the model's logits are finite")
     return scores
+
+
+def _is_finite(model: Any) -> bool:
+    """Whether a model that is given some token writes numbers."""
+    import torch
+
+    ids = torch.zeros(1, CHECKED_TOKENS, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with torch.inference_mode():
+        return bool(model(input_ids=ids, use_cache=False).logits.isfinite().all())

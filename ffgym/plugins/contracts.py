@@ -9,7 +9,7 @@ import math
 import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +29,7 @@ THEIR_DEFECT = (
     "The fault is in the plugin, not in ffgym: report it to the package's author. If that is you: start the run in"
     " Python, with ffgym.run, to see the whole traceback (docs/plugins.md#finding-and-loading)."
 )
+FINGERPRINT_PART = 1 << 22  # numbers whose bits are summed at once
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every step, index from 0."
 METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
@@ -101,9 +102,12 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().view(integers[tensor.element_size()])  # a NaN is not equal to itself; its bits are
-    if tensor.dim() != 2:
+    if tensor.dim() < 2:
         return bits.clone()
-    return torch.cat([bits.sum(dim=0), bits.sum(dim=1)])
+    bits = bits.flatten(0, -2)
+    parts = torch.split(bits, max(1, FINGERPRINT_PART // max(1, bits.shape[1])))  # a sum first widens all to 8 bytes
+    columns = reduce(torch.add, (part.sum(dim=0) for part in parts))
+    return torch.cat([columns, *(part.sum(dim=1) for part in parts)])
 
 
 def check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
@@ -115,6 +119,41 @@ def check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping
                 f"{who} changed the {name} it was given, which others still use",
                 hint=f"Compute into a new tensor, e.g. {name.partition(' ')[0]}.clone().",
             )
+
+
+def call_with_model(plugin: Plugin, model: Any, call: Callable[[], Result], doing: str) -> Result:
+    """As `call_plugin`, for a plugin that is given a model which others still use.
+
+    Raises:
+        PluginError: it raised, or left the model in another state. A built-in is not watched: that takes two passes
+            over all weights.
+    """
+    if is_built_in(plugin):
+        return call_plugin(plugin, call, doing)
+    then, before = _state(model), {name: fingerprint(weight) for name, weight in _weights(model).items()}
+    answer = call_plugin(plugin, call, doing)
+    now = _state(model)
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            raise PluginError(
+                f"{described(plugin)} changed the model it was given, which others still use: {name} was "
+                f"{then.get(name, 'not there')} and is {now.get(name, 'gone')}",
+                hint="Put the model back as it was, or change a copy: copy.deepcopy(model).",
+            )
+    check_unchanged(described(plugin), _weights(model), before)
+    return answer
+
+
+def _state(model: Any) -> dict[str, str]:
+    """What each part of a model is, e.g. ``"a Linear in eval mode"``, ``"torch.float32 on cpu"``."""
+    modules = {f"model.{name}".rstrip("."): module for name, module in model.named_modules()}
+    kinds = {n: f"a {type(m).__name__} in {'training' if m.training else 'eval'} mode" for n, m in modules.items()}
+    return kinds | {f"model.{name}": f"{p.dtype} on {p.device}" for name, p in model.named_parameters()}
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    """What of a model can be changed in place: layers that are read from the disk cannot."""
+    return {f"{name} of the model": p for name, p in model.named_parameters() if not p.is_meta}
 
 
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
@@ -182,6 +221,13 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
 
 def check_objectives(
     reward: Reward, pruned: Evaluation, dense: Evaluation, *, names: Sequence[str] | None = None
+def as_number(value: Any) -> float:
+    """A number of any library; ``TypeError`` or ``ValueError`` for what is none, text among it."""
+    if isinstance(value, str | bytes):
+        raise TypeError
+    return float(value)
+
+
 ) -> dict[str, float]:
     """Let a reward name its objectives for two models whose losses are finite.
 
@@ -374,19 +420,20 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
     try:
         return call()
     except FFGymError as error:
-        if isinstance(error, PluginError) or _is_built_in(plugin):
+        if isinstance(error, PluginError) or is_built_in(plugin):
             raise
         raise PluginError(f"{described(plugin)}, {doing}: {error.message}", hint=error.hint) from error
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # not the plugin's fault
             raise
-        missing = hint is not None and "None" in str(error) and not _is_built_in(plugin)
+        missing = hint is not None and "None" in str(error) and not is_built_in(plugin)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} "
             f"({place_of(error, type(plugin).__module__)})",
-            hint=hint if missing else (OUR_DEFECT if _is_built_in(plugin) else THEIR_DEFECT),
+            hint=hint if missing else (OUR_DEFECT if is_built_in(plugin) else THEIR_DEFECT),
         ) from error
 
 
-def _is_built_in(plugin: Plugin) -> bool:
+def is_built_in(plugin: Plugin) -> bool:
+    """Whether it is ffgym's own."""
     return type(plugin).__module__.partition(".")[0] == "ffgym"

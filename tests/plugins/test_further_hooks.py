@@ -221,10 +221,10 @@ def ffgym_metrics():
 """
 
 
-def evaluated(model: str, *tasks: str) -> dict[str, Any]:
+def evaluated(model: str, *tasks: str, limit: int | None = None) -> dict[str, Any]:
     loaded = load_tasks(list(tasks))
     *_, scores = evaluate_models(
-        [model], loaded, device="cpu", stage=lambda *_: contextlib.nullcontext(lambda *_: None)
+        [model], loaded, limit=limit, device="cpu", stage=lambda *_: contextlib.nullcontext(lambda *_: None)
     )
     return as_dict(TaskTable(tuple(scores), loaded, None))
 
@@ -242,12 +242,40 @@ def test_a_metric_is_measured_by_eval(install: Install, tiny_run: dict[str, Any]
 
 @pytest.mark.parametrize(
     ("scores", "complaint"),
-    [("[]", "returned no number"), ("['a']", "not numbers"), ("None", "not numbers"), ("1 / 0", "ZeroDivisionError")],
+    [
+        ("[]", "returned no number"),
+        ("['a']", "not numbers"),
+        ("['0.5', '1']", r"returned \['0\.5', '1'\], not numbers"),
+        ("model.lm_head.weight", r"returned Parameter of shape \(\d+, \d+\), not numbers"),
+        ("None", "not numbers"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("(1 / 0 for _ in range(3))", "failed while scoring a model: ZeroDivisionError"),
+        ("[1.0] * 9", "returned 9 numbers, more than limit = 3"),
+        ("[0.5, float('nan')]", "returned nan for example 2, and the model's logits are finite"),
+        ("[p.data.zero_() for p in model.parameters()] and [1.0]", "changed the .*weight of the model it was given"),
+        ("model.train() and [1.0]", "changed the model .*: model was a .* in eval mode and is a .* in training mode"),
+        ("model.double() and [1.0]", r"weight was torch\.float32 on cpu and is torch\.float64 on cpu"),
+        ("model.set_output_embeddings(None) or [1.0]", r"model\.lm_head was a Linear in eval mode and is gone"),
+    ],
 )
 def test_a_broken_metric_is_named(install: Install, tiny_run: dict[str, Any], scores: str, complaint: str) -> None:
     install("acme-length", LENGTH.format(scores=scores))
     with pytest.raises(PluginError, match=rf"metric 'length' \(package acme-length 1\.0\).*{complaint}"):
-        evaluated(tiny_run["model"]["name"], "length")
+        evaluated(tiny_run["model"]["name"], "length", limit=3)
+
+
+def test_scores_of_a_broken_model_need_not_be_finite(
+    install: Install, tiny_run: dict[str, Any], tmp_path: Path, word_tokenizer: Any
+) -> None:
+    from ffgym.testing.models import tiny_model
+
+    model = tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    word_tokenizer.save_pretrained(tmp_path / "broken")
+    install("acme-length", LENGTH.format(scores="[0.5, float('nan')]"))
+    (model,) = evaluated(str(tmp_path / "broken"), "length")["models"]
+    assert model["tasks"]["length"]["not_finite"] == 1
 
 
 def test_the_built_in_loss_is_that_of_the_text(tiny_run: dict[str, Any]) -> None:
