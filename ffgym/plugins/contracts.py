@@ -182,6 +182,8 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
         if answer is None:  # which numpy takes for NaN
             raise TypeError
         answer = answer.detach().cpu() if torch.is_tensor(answer) else answer
+        if np.iscomplexobj(answer):
+            raise PluginError(f"{where}: importance returned complex numbers, not real ones")
         importance = np.asarray(answer, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):
         raise PluginError(f"{where}: importance returned {type(answer).__name__}, not an array of numbers") from None
@@ -202,7 +204,7 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     """
     value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward", hint=_missing(pruned))
     try:
-        number = float(value)
+        number = as_number(value)
     except (TypeError, ValueError):
         raise PluginError(f"{described(reward)} returned {type(value).__name__}, not a number") from None
     if not math.isfinite(number):
@@ -219,8 +221,6 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     return number
 
 
-def check_objectives(
-    reward: Reward, pruned: Evaluation, dense: Evaluation, *, names: Sequence[str] | None = None
 def as_number(value: Any) -> float:
     """A number of any library; ``TypeError`` or ``ValueError`` for what is none, text among it."""
     if isinstance(value, str | bytes):
@@ -228,6 +228,8 @@ def as_number(value: Any) -> float:
     return float(value)
 
 
+def check_objectives(
+    reward: Reward, pruned: Evaluation, dense: Evaluation, *, names: Sequence[str] | None = None
 ) -> dict[str, float]:
     """Let a reward name its objectives for two models whose losses are finite.
 
@@ -240,7 +242,7 @@ def as_number(value: Any) -> float:
     hint = _missing(pruned)
     answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives", hint=hint)
     try:
-        numbers = {str(name): float(value) for name, value in answer.items()}
+        numbers = {str(name): as_number(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
         raise PluginError(f"{described(reward)}: objectives returned {answer!r}, not numbers by name") from None
     if wrong := [name for name in numbers if not _can_be_logged(name)]:
@@ -395,11 +397,9 @@ def check_update(agent: Agent, update: Update, episodes: int) -> None:
         if not (isinstance(name, str) and _can_be_logged(name)):
             raise PluginError(f"{where}: a diagnostic is called {name!r}", hint=METRIC_HINT)
         try:
-            number = None if isinstance(value, str | bytes) else float(value)
+            as_number(value)
         except (TypeError, ValueError):
-            number = None
-        if number is None:
-            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number")
+            raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
 
 
 def _can_be_logged(name: str) -> bool:

@@ -62,6 +62,9 @@ REWARD_COUNTS = (("examples", 1), ("pareto", 0))
 SLOW_SECONDS = 2.0
 """A plugin that takes longer to import is named."""
 
+SLOW_BASES = ("ffgym.models", "ffgym.pruning.calibration")
+"""Modules of base classes that need torch or transformers: a plugin that is the first to import one is not named."""
+
 NAME = re.compile("[a-z0-9][a-z0-9_-]*")
 """What a plugin may be called: names become folders, keys and file names."""
 
@@ -225,14 +228,14 @@ def _top_level(module: str) -> str:
 def _load(entry: EntryPoint) -> Loaded:
     """Import one plugin and call its hooks; an error is recorded and not raised."""
     package = package_behind(entry)
-    start, is_first = time.perf_counter(), "ffgym.models" not in sys.modules
+    start, missing = time.perf_counter(), [name for name in SLOW_BASES if name not in sys.modules]
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout belongs to what the user asked for
             return Loaded(package, tuple(Offer(kind, cls, package) for kind, cls in _ask_hooks(entry)))
     except (Exception, SystemExit) as error:
         return Loaded(package, error=error)
     finally:
-        is_ours = is_first and "ffgym.models" in sys.modules  # the base class of families needs transformers
+        is_ours = any(name in sys.modules for name in missing)
         if (seconds := time.perf_counter() - start) > SLOW_SECONDS and not is_ours:
             print(f"plugin {entry.name!r} ({package}) took {seconds:.1f} s to import", file=sys.stderr)
 

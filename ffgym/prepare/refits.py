@@ -70,5 +70,7 @@ def _check(tensor: torch.Tensor, shape: tuple[int, ...], what: str) -> None:
         raise PluginError(f"{what} is {type(tensor).__name__}, not a tensor")
     if tuple(tensor.shape) != shape:
         raise PluginError(f"{what} has shape {tuple(tensor.shape)}, not {shape}")
+    if not tensor.is_floating_point():  # the model's own dtype would round the numbers, or drop a part of them
+        raise PluginError(f"{what} has dtype {tensor.dtype}, not one of floating-point numbers")
     if not tensor.isfinite().all():
         raise PluginError(f"{what} holds NaN or infinity")

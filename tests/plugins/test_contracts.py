@@ -272,6 +272,8 @@ def test_importance_comes_back_as_float32(answer: Any) -> None:
         ([0, 0, 2, 0], r"layer 1 attention is 2\.0, not in \[-1, 1\]"),
         ([0, math.nan, 0, 0], "layer 0 mlp is nan"),
         ("high", "str, not an array of numbers"),
+        ([0, 1j, 0, 0], "importance returned complex numbers, not real ones"),
+        (torch.zeros(4, dtype=torch.complex64), "importance returned complex numbers, not real ones"),
         (None, "NoneType, not an array of numbers"),
         (fail, "failed while giving importances: KeyError"),
     ],
@@ -291,6 +293,7 @@ def test_reward_comes_back_as_a_python_float() -> None:
     [
         (math.nan, "returned nan for a pruned loss of 3.5 and a dense loss of 3 nats"),
         (None, "NoneType, not a number"),
+        ("1", "str, not a number"),
         (fail, "failed while computing a reward: KeyError"),
     ],
 )

@@ -119,6 +119,14 @@ def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Instal
             "holds NaN or infinity",
         ),
         ("type('Lost', (Shifted,), {'weight_at': lambda self, k: None})(consumer)", "is NoneType, not a tensor"),
+        (
+            "type('Whole', (Shifted,), {'weight_at': lambda self, k: self.weight[:, :k].int()})(consumer)",
+            r"weight_at\(.*\) has dtype torch\.int32, not one of floating-point numbers",
+        ),
+        (
+            "type('Complex', (Shifted,), {'bias_at': lambda self, k: self.weight[:, 0] * 1j})(consumer)",
+            r"bias_at\(.*\) has dtype torch\.complex64, not one of floating-point numbers",
+        ),
         ("(consumer.weight.mul_(2), Shifted(consumer))[1]", "changed the weight it was given"),
     ],
 )

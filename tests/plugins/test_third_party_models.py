@@ -206,6 +206,16 @@ def test_a_fused_linear_that_is_named_once_is_to_be_named_twice(install: Install
     assert "mlp_producers = ('mlp.gate_up_proj', 'mlp.gate_up_proj')" in str(caught.value.hint)
 
 
+PATH = """
+import ffgym
+
+class Path(ffgym.ConsumerPath):
+    pass
+
+@ffgym.hookimpl
+def ffgym_calibrations():
+    return []
+"""
 LISTED = """
 import contextlib, io, json, sys
 sys.path.insert(0, sys.argv[1])
@@ -218,9 +228,12 @@ print(json.dumps([said.getvalue(), "torch" in sys.modules]))
 
 
 def test_base_classes_import_nothing_heavy_or_nobody_is_blamed(install: Install, tmp_path: Path) -> None:
-    """That of an export format needs neither torch nor transformers, and that of a family does."""
+    """That of an export format needs neither torch nor transformers; those of a path and of a family do."""
     install("acme-format", FORMAT.format(answer="None"))
     assert not fresh(LISTED, tmp_path, hub=tmp_path)[1]
+    install("acme-path", PATH)
+    said, has_torch = fresh(LISTED, tmp_path, hub=tmp_path)
+    assert ("acme-path" in said, has_torch) == (False, True)
     install("acme-family", FAMILY.format(name="starcoder2"))
     assert "acme-family" not in fresh(LISTED, tmp_path, hub=tmp_path)[0]
 
