@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,19 +201,11 @@ def _wiki_documents(text: str) -> list[str]:
 
 
 def _file_reader(path: Path) -> Callable[[Path], Iterable[str]]:
-    readers: dict[str, Callable[[Path], Iterable[str]]] = {
-        ".txt": lambda path: [_read_text(path)],
-        ".utf8": lambda path: [_read_text(path)],
-        ".md": lambda path: [_read_text(path)],
-        ".jsonl": _read_jsonl,
-        ".parquet": _read_parquet,
-        ".arrow": _read_arrow,
-    }
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
             f"corpus file {str(path)!r} ends in {path.suffix!r}, which cannot be read",
-            hint=f"Use a file that ends in one of {', '.join(readers)}.",
+            hint=f"Use a file that ends in one of {', '.join(READERS)}.",
         )
     return reader
 
@@ -294,6 +286,16 @@ def _read_arrow(path: Path) -> Iterator[str]:
                 yield from _texts(batch.column(COLUMN).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise _damaged(path, error) from error
+
+
+READERS: dict[str, Callable[[Path], Iterable[str]]] = {
+    ".txt": lambda path: [_read_text(path)],
+    ".utf8": lambda path: [_read_text(path)],
+    ".md": lambda path: [_read_text(path)],
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
 
 
 def _texts(values: Iterable[Any]) -> Iterator[str]:
@@ -381,9 +383,10 @@ def _dataset(spec: str) -> Callable[[Role], Corpus]:
 
 
 def _table(spec: str, parts: Any, subset: str | None, split: str | None, role: Role) -> Corpus:
-    """The texts of one split of a dataset."""
+    """The texts of one split of a dataset, or of a folder of files."""
     chosen, rows = _choose_split(spec, parts, split, role)
-    return _corpus(spec, ", ".join(part for part in (subset, chosen) if part) or "all", _column_texts(spec, rows))
+    texts = _file_texts(rows) if isinstance(rows, list) else _column_texts(spec, rows)
+    return _corpus(spec, ", ".join(part for part in (subset, chosen) if part) or "all", texts)
 
 
 def _load_folder(folder: Path, subset: str | None) -> Any:
@@ -391,7 +394,7 @@ def _load_folder(folder: Path, subset: str | None) -> Any:
 
     saved = (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
     if not saved:
-        return _load_dataset(str(folder), subset)
+        return (subset is None and _files_by_split(folder)) or _load_dataset(str(folder), subset)
     if subset is not None:
         raise DataError(
             f"folder {str(folder)!r} was written by save_to_disk and has no subset {subset!r}",
@@ -401,6 +404,33 @@ def _load_folder(folder: Path, subset: str | None) -> Any:
         return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from error
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder without a dataset card, if all can be read here: else none.
+
+    `datasets` finds them, and tells splits by their names. It would make a document of every line of a .txt file, which
+    is another text than that of the file itself, and read the files of the most frequent suffix only.
+    """
+    import datasets
+
+    card = folder / "README.md"
+    if card.is_file():
+        with _opened(card) as file:
+            if file.read(3) == "---":
+                return {}
+    try:
+        found = datasets.load_dataset_builder("text", data_dir=str(folder)).config.data_files
+    except (OSError, ValueError, datasets.exceptions.DatasetsError):
+        return {}  # load_dataset says why
+    files = {str(split): [Path(name) for name in names] for split, names in found.items()}
+    return files if all(path.suffix.lower() in READERS for paths in files.values() for path in paths) else {}
+
+
+def _file_texts(paths: Sequence[Path]) -> Iterator[str]:
+    """A file at a time: of a large folder, only the first ones are ever opened."""
+    for path in paths:
+        yield from _file_reader(path)(path)
 
 
 def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:

@@ -133,6 +133,44 @@ def test_every_file_format_gives_the_same_documents(tmp_path, file, write):
     assert corpus.digest == corpora._corpus("x", "y", TEXTS).digest
 
 
+def test_a_folder_of_files_is_its_files(tmp_path):
+    """A document is a file, not a line of it, and files of every suffix are read."""
+    folder = tmp_path / "texts"
+    (folder / "more").mkdir(parents=True)
+    (folder / "b.txt").write_text("one\ntwo\n\nthree\n", encoding="utf-8-sig")
+    (folder / "a.md").write_text("# Title\n\ntext\n")
+    (folder / "README.md").write_text("What lies here.\n")
+    write_jsonl(folder / "more" / "c.jsonl")
+    corpus = load_text(str(folder), role="report")
+    assert corpus.documents == ("# Title\n\ntext\n", "one\ntwo\n\nthree\n", *TEXTS)
+
+
+def test_a_folder_of_one_file_is_the_same_text_as_the_file(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_text("line\nby\nline\n" * 9)
+    digests = {load_text(str(tmp_path / name), role="report").digest for name in ("texts", "texts/book.txt")}
+    assert len(digests) == 1
+
+
+def test_files_of_a_folder_are_told_apart_by_the_split_in_their_names(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.txt").write_text(f"text\nto {split}\n")
+    assert load_text(str(folder), role="report").documents == ("text\nto test\n",)
+    assert load_text(str(folder), role="search").documents == ("text\nto train\n",)
+    assert load_text(f"{folder}@test", role="search").documents == ("text\nto test\n",)
+
+
+def test_a_folder_with_a_dataset_card_is_read_as_its_card_says(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: one.txt\n---\n")
+    for name in ("one.txt", "two.txt"):
+        (folder / name).write_text(name)
+    assert load_text(str(folder), role="search").documents == ("one.txt",)
+
+
 def test_half_a_surrogate_pair_is_no_reason_to_stop(tmp_path):
     """Web text that was cut at a length has them, and JSON can write them down."""
     file = tmp_path / "cut.jsonl"
