@@ -264,16 +264,24 @@ def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str)
     affine = {result.settings.get("prune", {}).get("calibration") == "affine" for result in results}
     refit = "ridge or affine" if len(affine) > 1 else "the same affine refit" if True in affine else "the same ridge"
     first, data = results[0], results[0].settings["data"]
+    repeated = any(row.seeds > 1 for row in rows)
+    searches = {result.label for result in results if result.agent != "one-shot"}
     said = (
         f"{split} of {described(data['report'])}, {first.report_tokens:,} tokens in windows of {data['window']:,}, "
         f"{_dtypes(results)}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
-        f"target sparsity {targets}; mean and standard error over seeds."
+        f"target sparsity {targets}{'; mean and standard error over seeds' * repeated}."
     )
     if any(row.difference or any(row.differences.values()) for row in rows):
         said += (
-            " Nats per token are differences on the same windows, ± half of the 95 % interval, which both windows and "
-            "seeds widen; below 0 is better, and a tie is an interval that holds 0."
+            " Nats per token are differences on the same windows, ± half of the 95 % interval"
+            f"{', which both windows and seeds widen' * repeated}; below 0 is better, and a tie is an interval that "
+            "holds 0."
         )
+        if any(row.seeds == 1 and row.label in searches for row in rows):
+            said += (
+                " Where a search has one seed, its interval is of the windows only: what another seed would find is "
+                "not in it."
+            )
     return said
 
 

@@ -124,6 +124,22 @@ def test_the_header_names_the_refit(calibrations: list[str], said: str) -> None:
     assert said in bench_table("Bench", cells, baselines=[calibrations[0]]).header
 
 
+@pytest.mark.parametrize(
+    ("seeds", "widened", "of_windows_only"), [((0, 1), True, False), ((0,), False, True)], ids=["two seeds", "one seed"]
+)
+def test_the_header_says_what_an_interval_leaves_out(
+    seeds: tuple[int, ...], widened: bool, of_windows_only: bool
+) -> None:
+    """A rule has one seed, too, and nothing is left out of its interval: it finds the same with every seed."""
+    finals = [Final(kept=[1], loss=loss, losses=[loss, loss], sparsity=0.2, origin="policy") for loss in (3.0, 4.0)]
+    cells = [cell("random", seed, [(100, 4.0)]).model_copy(update={"final": finals[0]}) for seed in seeds]
+    rule = cell("uniform", 0, [(10, 4.0)], agent="one-shot").model_copy(update={"final": finals[1]})
+    header = bench_table("Bench", [*cells, rule], baselines=["random"]).header
+    assert ("over seeds" in header) == widened
+    assert ("which both windows and seeds widen" in header) == widened
+    assert ("Where a search has one seed, its interval is of the windows only" in header) == of_windows_only
+
+
 def results() -> list[CellResult]:
     return [
         *(cell("evolution", s, [(100, 4.0), (1000, 3.0)], final=math.log(30 + s)) for s in (0, 2)),
