@@ -399,7 +399,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         said = textwrap.fill(f"Not drawn: {', '.join(beyond)}.", 150)
         figure.supxlabel(said, x=0.01, ha="left", fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:,.0f}")
+    axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:{',.0f' if tokens >= 1e3 else '.1g'}}")
     axes.set_xlabel("tokens evaluated (thousands, log scale)")
     axes.set_ylabel("report perplexity of the incumbent")
     figure.suptitle(table.title, x=0.01, ha="left", fontsize=12, fontweight="bold")

@@ -154,7 +154,9 @@ def front_figure(front: Front, path: Path) -> Figure:
         )
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    low, high = axes.get_ylim()
+    labelled = "235" if high > 4 * low else "123456789"  # first digits; a short axis has few ticks, near each other
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else "")
     axes.set_xlabel(f"share of the prunable {front.points[0].allocation.resource} removed (%)")
     axes.set_ylabel("report perplexity (log scale)")
     axes.set_title(f"One policy, {len(front.points)} budgets", loc="left", fontweight="bold")

@@ -285,6 +285,14 @@ def test_at_most_six_lines_are_told_apart_by_colour_and_marker(tmp_path: Path, m
     assert "agent 10" in said
 
 
+def test_ticks_below_a_thousand_tokens_have_numbers_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    axes = drawn_axes([cell("random", 0, [(384, 3.0), (2200, 2.0)])], tmp_path / "bench.png", monkeypatch)
+    (low, high), write = axes.get_xlim(), axes.xaxis.get_major_formatter()
+    assert [write(tick) for tick in axes.get_xticks() if low <= tick <= high] == ["0.5", "1", "2"]
+
+
 @pytest.mark.parametrize("count", [2, 8])
 def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int

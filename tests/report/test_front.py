@@ -87,6 +87,26 @@ def test_the_picture_is_drawn_also_where_a_rule_broke_down(front: Front, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("found", "rule", "labels"),
+    [
+        ((35, 37), (38, 48), ["36", "38", "40", "42", "44", "46", "48"]),
+        ((12, 15), (13, 19), ["12", "13", "14", "15", "16", "17", "18", "19"]),
+        ((25, 60), (40, 300), ["30", "50", "100", "200", "300"]),
+    ],
+    ids=["from 35 to 48", "from 12 to 19", "more than a decade"],
+)
+def test_a_short_axis_has_a_number_at_every_tick(tmp_path, found, rule, labels) -> None:
+    points = tuple(point(target, *values) for target, *values in zip((0.1, 0.3), found, rule, strict=True))
+    axes = front_figure(
+        Front("reinforce", points, row("dense", found[0], 0.0), "measured somehow", 1, 1, 1.0), tmp_path / "front.png"
+    ).axes[0]
+    low, high = axes.get_ylim()
+    ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+    shown = sorted((tick.get_loc(), tick.label1.get_text()) for tick in ticks if low <= tick.get_loc() <= high)
+    assert [text for _, text in shown if text] == labels
+
+
+@pytest.mark.parametrize(
     ("targets", "names"),
     [
         ([0.1, 0.2], ["0.10", "0.20"]),
