@@ -22,7 +22,7 @@ from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command, stored_config
 from ffgym.plugins import manager
 from ffgym.report.comparison import ComparedRun, Comparison
 from ffgym.report.table import Cost, ReportTable, Row
-from ffgym.tracking.runs import find_run
+from ffgym.tracking.runs import find_run, run_with_id
 
 
 class StoredRow(BaseModel):
@@ -66,6 +66,13 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
     folder = Path(text).expanduser()
     if not folder.is_dir():
         found = find_run(root, text, experiment)
+        if found.folder is None and found.parent is not None:
+            whole = run_with_id(root, found.parent, f"{found.name} is part of another run, but ")
+            if whole.folder is not None:
+                raise OutputError(
+                    f"the run {found.name} ({found.id}) is a point of the run {whole.name}, and has no folder itself",
+                    hint=f"Name {whole.folder}: it is compared by its main point, which output.save_at chooses.",
+                )
         if found.folder is None or not found.folder.is_dir():
             where = "is not known" if found.folder is None else f"{found.folder} does not exist any more"
             raise OutputError(
@@ -122,7 +129,8 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
             )
         config, changes = run.config, _changes(first.config, run.config)
         names = (_name(run, runs), config.agent.name, config.criterion.name, config.prune.resource)
-        compared.append(ComparedRun(*names, run.table, changes))
+        target = config.main_target if config.prune.is_range else None
+        compared.append(ComparedRun(*names, run.table, changes, target))
     return Comparison(tuple(compared))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ffgym.report.figures import BLACK, BLUE, SERIES, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, humane, stacked
+from ffgym.report.layout import Column, Table, humane, percent, stacked
 from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
 
@@ -25,6 +25,7 @@ class ComparedRun:
 
     Attributes:
         changes: where its configuration is another than the reference's; empty where it is not.
+        target: of the point that stands for a run over a range of budgets; ``None`` for another run.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ComparedRun:
     resource: str
     table: ReportTable
     changes: str
+    target: float | None = None
 
     @property
     def result(self) -> Row:
@@ -96,7 +98,12 @@ class Comparison:
 
     def _notes(self) -> list[str]:
         name = self.reference.name
-        notes = [f"{run.name} differs from {name}: {run.changes}." for run in self.runs if run.changes]
+        notes = [
+            f"{run.name} has a range of budgets: its point at {percent(run.target)} stands here."
+            for run in self.runs
+            if run.target is not None
+        ]
+        notes += [f"{run.name} differs from {name}: {run.changes}." for run in self.runs if run.changes]
         if any(self.difference(run) for run in self.runs):
             notes.append(
                 f"Nats per token against {name}, on the same {len(self.reference.result.losses)} "

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_store import new_store
 from stored_runs import LOSSES, write_run
 from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.pipeline.artifacts import write_table
 from ffgym.pipeline.stored import read_table
+from ffgym.tracking.store import FOLDER_TAG
+from ffgym.tracking.tracker import Result, Tracker
 
 
 def call(*arguments: str | Path) -> Any:
@@ -74,6 +77,22 @@ def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_
     )
     assert said in " ".join(done.stdout.split())
     assert "better differs" not in done.stdout
+
+
+def test_a_range_is_compared_by_one_point_and_it_is_said_which(runs: dict[str, Path], tmp_path: Path) -> None:
+    (runs["better"] / "config.toml").write_text("[prune]\nsparsity = '0.1:0.5'\n")
+    said = " ".join(call(runs["one"], runs["better"], "--output", tmp_path / "out").stdout.split())
+    assert "better has a range of budgets: its point at 30% stands here." in said
+
+
+def test_a_point_of_a_range_is_refused_with_the_folder_to_name(runs: dict[str, Path], tmp_path: Path) -> None:
+    with Tracker(new_store(tmp_path / "store"), "ffgym", "range") as tracker:
+        tracker.set_tags({FOLDER_TAG: str(runs["better"])})
+        tracker.log_child("sparsity 20.0%", {}, Result(30.0, 20.0))
+    done = call(runs["one"], "range: sparsity 20.0%", "--root", tmp_path / "store")
+    said = " ".join(failure(done).split())
+    assert "is a point of the run range, and has no folder itself" in said
+    assert f"Name {runs['better']}" in said
 
 
 def test_a_destroyed_run_is_called_so(runs: dict[str, Path], tmp_path: Path) -> None:
