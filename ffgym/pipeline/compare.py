@@ -18,13 +18,14 @@ from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.origin import hub_base, stated_license
 from ffgym.pipeline.task import Task, cut_to
+from ffgym.plugins.contracts import check_reward
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.pruning.budget import width_step
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
 from ffgym.report.front import point_names
 from ffgym.report.layout import humane, percent
-from ffgym.report.paired import standard_error
+from ffgym.report.paired import paired_difference, standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
 from ffgym.search.finals import finals_windows
@@ -143,7 +144,7 @@ def final_refits(
     name, refitted = found_name(config), refit_name(config)
     with cut_to(task, kept, "ridge", reporter):
         ridge = measured_row(task, f"{name} + {refitted}", reporter, refit=refitted, is_found=True)
-        ridge = replace(ridge, same_as=_same_as(task, kept, refitted))
+        ridge = replace(ridge, same_as=_same_as(task, kept, refitted), note=_ahead(task, [*rows, ridge], kept))
         if not config.output.sequential:
             return _saved(task, found, [*rows, replace(ridge, is_saved=True)], model)
         ridge_loss = _loss_in_finals(task, refitted, reporter)
@@ -153,7 +154,8 @@ def final_refits(
         if _loss_in_finals(task, refit, reporter) < ridge_loss or math.isnan(ridge_loss):
             sequential = replace(sequential, note=SAVED_NOTE + FINAL_NOTE, is_saved=True)
             return _saved(task, found, [*rows, ridge, sequential], model)
-    rows = [*rows, replace(ridge, note=SAVED_NOTE, is_saved=True), replace(sequential, note=FINAL_NOTE[2:])]
+    note = "; ".join(filter(None, (ridge.note, SAVED_NOTE)))
+    rows = [*rows, replace(ridge, note=note, is_saved=True), replace(sequential, note=FINAL_NOTE[2:])]
     with cut_to(task, kept, "ridge", reporter):
         return _saved(task, found, rows, model)
 
@@ -168,6 +170,43 @@ def _same_as(task: Task, kept: Sequence[int], refitted: str) -> str:
     """Label of the heuristic's row that keeps these units; empty where none does."""
     labels = (label for label, allocation in heuristic_allocations(task).items() if allocation.kept == tuple(kept))
     return next((f"{label} + {refitted}" for label in labels), "")
+
+
+def _ahead(task: Task, rows: Sequence[Row], kept: Sequence[int]) -> str:
+    """Say which heuristic earns more than the result, the last row; empty where none does or it cannot be known.
+
+    A perplexity does not show it where a reward weighs other aims, too. As in the finals, the rewards of single windows
+    are compared. What a reward needs beyond losses and costs is not measured on the report split.
+    """
+    env, config, dense, found = task.env, task.config, rows[0], rows[-1]
+    if not env.reward.has_objectives or not set(env.reward.needs) <= {"cost"}:
+        return ""
+
+    def earned(row: Row, units: Sequence[int]) -> list[float]:
+        costs, dense_costs = (
+            {name: prices.allocation(each).cost for name, prices in env.prices.items()}
+            for each in (units, task.prepared.prunable.dense_units)
+        )
+        length = task.splits.report.windows.shape[1] - 1
+        pairs = [
+            (Evaluation((loss,), length, costs=costs), Evaluation((reference,), length, costs=dense_costs))
+            for loss, reference in zip(row.losses, dense.losses, strict=True)
+        ]
+        return [check_reward(env.reward, *pair) if pair[0].finite else env.reward.worst for pair in pairs]
+
+    ours, measured = earned(found, kept), {row.label: row for row in rows}
+    rivals = {
+        label: earned(measured[f"{label} + {found.refit}"], allocation.kept)
+        for label, allocation in heuristic_allocations(task).items()
+    }
+    label, theirs = max(rivals.items(), key=lambda rival: np.mean(rival[1]))
+    lead = paired_difference([theirs], [ours])
+    if lead is None or lead.mean <= 0 or lead.is_tie:
+        return ""
+    rule, prior = reference_rules(config)[label], (config.prior.name, config.prior.options)
+    can_start = config.agent.name != "one-shot" and not config.prune.uniform and rule != prior
+    start = f": start there with --prior {rule[0]}" if can_start else ""
+    return f"by its reward, {label} + {found.refit} ({np.mean(theirs):.2f}) is ahead of it ({np.mean(ours):.2f}){start}"
 
 
 def model_folder(config: RunConfig, folder: Path, target: float) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import made_up_tasks
+import numpy as np
 import pytest
 from glass_runs import FILES, WINDOW, Finished, finish, glass_config, untimed
 from mlflow_store import client, new_store, runs
@@ -72,6 +73,26 @@ def test_it_repeats_bit_for_bit_and_can_be_overwritten(
     assert untimed(again.folder / "episodes.jsonl") == untimed(traded.folder / "episodes.jsonl")
     assert (again.folder / "pareto.json").read_text() == (traded.folder / "pareto.json").read_text()
     finish(RunConfig.model_validate(tables))
+
+
+def test_a_heuristic_that_earns_more_than_the_result_is_named(tmp_path: Path) -> None:
+    """Perplexity does not show it: the search stays beside its prior, which saves nothing of the KV cache."""
+    reward = {"name": "multi-objective", "accuracy": 0.0, "cost": 9.0, "resource": "kv"}
+    near = {"name": "random", "spread": 0.001}
+    table = finish(glass_config(tmp_path, reward=reward, agent=near, output={"sequential": False})).result.table
+    dense, uniform, found = table.rows[0], table.rows[1], table.result
+    ours, theirs = (
+        np.exp(np.subtract(dense.losses, row.losses)).mean() / 10
+        + 0.9 * (1 - row.values["kv_bytes_per_token"] / dense.values["kv_bytes_per_token"])
+        for row in (found, uniform)
+    )
+    assert found.note == (
+        f"by its reward, uniform + ridge ({theirs:.2f}) is ahead of it ({ours:.2f}): start there with --prior uniform"
+    )
+
+
+def test_what_heuristics_earn_is_not_guessed_where_accuracy_counts(traded: Finished) -> None:
+    assert not any("by its reward" in row.note for row in traded.result.table.rows)
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
