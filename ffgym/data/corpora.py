@@ -242,8 +242,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads, too
+                why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise DataError(
-                    f"{where} is not JSON: {getattr(error, 'msg', error)}",
+                    f"{where} is not JSON: {why}",
                     hint='Write one object a line, like {"text": "..."}.',
                 ) from error
             _check_column(where, row if isinstance(row, dict) else [])
@@ -476,7 +477,7 @@ def _choose_split(spec: str, parts: Any, split: str | None, role: Role) -> tuple
                 hint=f"Name one of them, like {spec}@{names[0]}.",
             )
     if split not in names:
-        raise UnknownNameError(f"split of corpus {spec!r}", split, names)
+        raise UnknownNameError(f"split of corpus {spec!r}:", split, names)
     return split, parts[split]
 
 

@@ -179,7 +179,10 @@ class ReportTable:
             ),
             _number(
                 "perplexity",
-                lambda row: perplexity_text(row) + (STAR if row is best else ""),
+                lambda row: (
+                    perplexity_text(row)
+                    + (STAR if best and not row.is_dense and row.perplexity == best.perplexity else "")
+                ),
                 lambda row: {"perplexity": row.perplexity, "loss_stderr": row.loss_stderr},
                 bold=True,
             ),

@@ -68,6 +68,13 @@ def test_markdown_is_one_table_with_the_best_in_bold():
     assert "some\\_text" in TABLE.layout().markdown()
 
 
+def test_the_equals_of_the_best_have_its_star():
+    """Such as the same allocation under another label; never the dense model."""
+    rows = (row("dense", 30.0, 0.0), row("uniform", 30.0), row("found", 30.0), row("worse", 31.0))
+    lines = ReportTable(rows, HEADER).layout().markdown().splitlines()[2:6]
+    assert [r"\*" in line for line in lines] == [False, True, True, False]
+
+
 def test_dicts_are_strict_json_and_say_which_row_is_which():
     rows = json.loads(json.dumps(TABLE.layout().as_dicts(), allow_nan=False))
     assert rows[0]["is_dense"]
