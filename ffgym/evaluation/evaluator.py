@@ -24,6 +24,7 @@ from ffgym.evaluation.multiple_choice import PaddedExamples, batches, padded, ri
 from ffgym.evaluation.perplexity import head_share, window_losses
 from ffgym.evaluation.slopes import mean_slopes, unit_slopes
 from ffgym.models.cut import PrunableModel
+from ffgym.models.modes import own_modes
 from ffgym.models.walk import Entry, Walk
 from ffgym.plugins.bases import SLOPE_PASSES
 from ffgym.types import Evaluation, OnShare
@@ -165,7 +166,7 @@ class ModelEvaluator:
         # distributions can be computed again, shape (length - 1, d), the model's dtype, on the CPU.
         self._dense_hidden: dict[int, torch.Tensor] = {}
 
-    @torch.inference_mode(False)  # the caller may be in it, and slopes need gradients
+    @own_modes()
     def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`.
 

@@ -29,6 +29,7 @@ from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes,
 from ffgym.measure.table import Footprint, Measurement
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, checkpoint_folder, context_limit, load
+from ffgym.models.modes import own_modes
 from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
@@ -50,6 +51,7 @@ class Options:
     threads: int | None = None
 
 
+@own_modes()
 def measure(options: Options, *, progress: Console | None = None) -> Measurement:
     """Measure a saved model beside the dense one.
 
@@ -68,6 +70,7 @@ def measure(options: Options, *, progress: Console | None = None) -> Measurement
         return _with_memory(found, options, folder, source, reporter)
 
 
+@own_modes()
 def latency_table(
     model: str,
     context: int,

@@ -127,7 +127,10 @@ def evaluate_task(
 
 def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: Progress) -> TaskResult:
     """A metric's scores as the result of a task: their mean, with its standard error."""
-    scores = score(metric, model.model, model.tokenizer, limit, on_progress)
+    from ffgym.models.modes import own_modes  # torch: unknown names are refused before it is loaded
+
+    with own_modes():  # lm-eval has modes of its own
+        scores = score(metric, model.model, model.tokenizer, limit, on_progress)
     count, broken = len(scores), sum(not math.isfinite(number) for number in scores)
     error = None if broken else standard_error(scores)
     figure = Figure("mean", sum(scores) / count, error, metric.higher_is_better)

@@ -16,6 +16,7 @@ from torch import nn
 from ffgym.errors import PluginError, first_line, is_out_of_memory
 from ffgym.models.experts import PrunableExperts
 from ffgym.models.families import family_of
+from ffgym.models.modes import own_modes
 from ffgym.models.stream import LayerStream
 from ffgym.models.sublayer import PrunableSublayer
 from ffgym.plugins.manager import described
@@ -71,7 +72,7 @@ class PrunableModel:
             self._release(index)
 
     # No inference tensors: slopes take gradients of what is brought in, and sizes outlive the mode.
-    @torch.inference_mode(False)
+    @own_modes()
     @torch.no_grad()
     def _bring(self, index: int, source: LayerStream) -> None:
         halves = self.halves[2 * index : 2 * index + 2]
@@ -79,7 +80,7 @@ class PrunableModel:
         for half in halves:
             half.arrive(source.refits.kept(half.sublayer.name) if half.is_refitted else None)
 
-    @torch.inference_mode(False)
+    @own_modes()
     @torch.no_grad()
     def _release(self, index: int) -> None:
         halves = self.halves[2 * index : 2 * index + 2]
@@ -102,6 +103,7 @@ class PrunableModel:
         """Parameters of all biases that calibration has added, as the model is cut now."""
         return sum(half.new_bias_params(stock=stock) for half in self.halves)
 
+    @own_modes()
     def cut(self, kept: Sequence[int], *, calibrated: bool = True) -> None:
         """Cut every sublayer to its first ``kept`` units.
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
-import torch
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.files import check_room
 from ffgym.models.loading import check_weights
+from ffgym.models.modes import own_modes
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import (
@@ -55,7 +55,7 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: None = No
 def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path) -> RunResult | FinishedRun: ...
 
 
-@torch.inference_mode(False)  # the caller may be in it, and statistics, slopes and training need gradients
+@own_modes()
 def run(
     config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None
 ) -> RunResult | FinishedRun:

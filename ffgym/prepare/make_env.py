@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import given_values, layered, load_config
@@ -15,6 +13,7 @@ from ffgym.data.splits import ROLES
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
+from ffgym.models.modes import own_modes
 from ffgym.prepare.parts import LOADING, build_env, load_parts, make_budget, make_reward, make_schedule, prepare_model
 from ffgym.prepare.workers import cluster_of, report_idle_workers, shared_executor
 from ffgym.report.progress import Reporter
@@ -46,7 +45,7 @@ def make_pruning_env(
     return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
 
 
-@torch.inference_mode(False)  # the caller may be in it, and some criteria and heuristics need gradients
+@own_modes()
 def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> PruningEnv:
     """The environment of a configuration, for steps of this many episodes."""
     if render_mode not in (None, *(modes := PruningEnv.metadata["render_modes"])):

@@ -57,6 +57,7 @@ DECISIVE = (  # code that decides bits
     "pruning",
     "models/walk.py",
     "models/cut.py",
+    "models/modes.py",
     "models/experts.py",
     "models/sublayer.py",
     "plugins/contracts.py",

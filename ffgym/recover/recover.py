@@ -27,6 +27,7 @@ from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
+from ffgym.models.modes import own_modes
 from ffgym.models.origin import CARD, model_folder, recorded_dense_model, weights_on_disk
 from ffgym.models.placement import choose_device, choose_dtype, tokens_per_batch
 from ffgym.plugins import manager
@@ -50,6 +51,7 @@ DIGITS = 12  # of a digest, enough to tell two texts apart
 DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # keys of [recover] that decide a training's numbers
 
 
+@own_modes()
 def recover(
     config: RunConfig,
     folder: str | Path,

@@ -251,9 +251,10 @@ class TestAround:
             (after,) = other.submit(one.measure, [dense]).result()
         assert bits(after) == bits(evaluator(prunable, windows).measure([dense])[0])
 
-    def test_the_callers_inference_mode_changes_no_bit(self, prepared, windows):
+    @pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)])
+    def test_the_callers_mode_changes_no_bit(self, mode, prepared, windows):
         asked, prunable = [Request((1, 20) * 3, (0, 1), (0,), EVERYTHING)], prepared("llama")
-        with torch.inference_mode():
+        with mode:
             found = evaluator(prunable, windows).measure(asked)
         assert [bits(e) for e in found] == [bits(e) for e in evaluator(prunable, windows).measure(asked)]
 

@@ -111,6 +111,20 @@ def test_the_dense_model_can_be_named(run: Path, no_children: list[Any], tmp_pat
     assert result.dense.parameters == 852_608
 
 
+def test_the_callers_autocast_is_not_what_is_timed(
+    run: Path, no_children: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    modes: set[bool] = set()
+    watch = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda *_: modes.add(torch.is_autocast_enabled("cpu"))
+    )
+    with watch, torch.autocast("cpu", dtype=torch.bfloat16):
+        silently(small(run))
+        latency_table(str(glass_home() / "glass"), 16, repetitions=1, progress=Console(file=io.StringIO()))
+    assert modes == {False}
+
+
 def test_a_model_beside_itself_is_no_smaller(no_children: list[Any]) -> None:
     glass = glass_home() / "glass"
     result = silently(small(glass, dense=str(glass)))

@@ -84,6 +84,13 @@ def test_batches_change_nothing_but_rounding(model):
     assert alone == pytest.approx(together, rel=1e-5)
 
 
+def test_the_callers_autocast_changes_no_figure(model):
+    for task in load_tasks(["piqa", "loss"]).tasks:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = evaluate_task(model, task, limit=4)
+        assert found == evaluate_task(model, task, limit=4)
+
+
 def test_a_result_says_split_examples_and_version(model):
     (task,) = load_tasks(["arc_easy"]).tasks
     result = evaluate_task(model, task, limit=3)

@@ -550,6 +550,17 @@ def test_a_run_may_begin_in_inference_mode(tmp_path: Path) -> None:
         assert math.isfinite(finish(one).result.table.saved.perplexity)
 
 
+def test_the_callers_autocast_changes_no_number_of_a_run_or_of_the_next_one_with_its_store(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one = finish(glass_config(tmp_path / "one"))
+    next_one = finish(glass_config(tmp_path / "next"))
+    assert one.result.table == next_one.result.table == finished.result.table
+
+
 # starting from another run
 
 

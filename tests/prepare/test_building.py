@@ -198,6 +198,22 @@ def test_an_environment_may_be_made_and_used_in_inference_mode(tiny_run):
         assert env.step(np.zeros(6, np.float32))[4]["slopes"].any()
 
 
+def test_the_callers_autocast_changes_no_bit_of_an_environment_or_of_its_store(tiny_run, tmp_path, monkeypatch):
+    def measured(env):
+        env.reset(seed=3)
+        info = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]
+        return info["loss"], info["dense_loss"]
+
+    expected = measured(make_pruning_env(tiny_run))
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        env = make_pruning_env(tiny_run)
+        assert measured(env) == expected
+        assert torch.is_autocast_enabled("cpu")
+    assert measured(make_pruning_env(tiny_run)) == expected
+
+
 def test_batches_are_larger_on_an_accelerator():
     assert tokens_per_batch("cpu") == tokens_per_batch(torch.device("cpu")) == 4096
     assert tokens_per_batch("cuda:1") == 16384

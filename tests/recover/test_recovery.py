@@ -225,6 +225,14 @@ def test_distillation_writes_the_same_things(folder: Path) -> None:
     assert [row.label for row in result.table.rows] == ["dense", "before", "distil-mlp"]
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)])
+def test_the_callers_mode_changes_no_bit(finished: tuple[Path, RecoveredModel], folder: Path, mode: Any) -> None:
+    with mode:
+        result = recovered(folder)
+    assert result.after == finished[1].after
+    assert same_weights(result.saved.path, finished[1].saved.path)
+
+
 # going on after Ctrl-C
 
 
