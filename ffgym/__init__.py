@@ -84,3 +84,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return sorted({*globals(), *__all__})

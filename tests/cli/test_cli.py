@@ -148,6 +148,7 @@ def test_version_is_the_projects() -> None:
 def test_every_public_name_is_there() -> None:
     for name in ffgym.__all__:
         assert getattr(ffgym, name) is not None
+    assert {*ffgym.__all__} <= {*dir(ffgym)}, "completion offers them"
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         ffgym.nothing_of_that_name  # noqa: B018
 
