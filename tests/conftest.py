@@ -160,6 +160,15 @@ def steps(before_episodes: Any) -> list[int]:
 
 
 @pytest.fixture
+def dark_style() -> Any:
+    """A block in which pictures of the caller's are black and tiny, and need TeX."""
+    import matplotlib.style
+
+    own = {**matplotlib.style.library["dark_background"], "savefig.dpi": 10, "text.usetex": True}
+    return matplotlib.rc_context(own)
+
+
+@pytest.fixture
 def small_files() -> Iterator[Callable[[int], None]]:
     """Let no file of this process grow beyond the size given, in bytes: as on a full disk."""
     resource: Any = pytest.importorskip("resource")

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ffgym.config.mixture import described
 from ffgym.files import Count
-from ffgym.report.figures import SERIES, new_figure, save_figure, tidy
+from ffgym.report.figures import SERIES, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, counted, percent, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
@@ -355,6 +355,7 @@ class _Curve:
         return mean
 
 
+@default_style()
 def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
     """Report perplexity of the incumbent against search tokens: mean and range over seeds, and what the finals chose.
 

@@ -27,7 +27,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget
-from ffgym.report.figures import draw_units_kept
+from ffgym.report.figures import default_style, draw_units_kept
 from ffgym.types import Allocation, Evaluation, OnShare
 
 Info = dict[str, Any]
@@ -324,6 +324,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if on_close is not None:
             on_close()
 
+    @default_style()
     def picture(self, allocation: Allocation, reward: float | None = None) -> np.ndarray:
         """An allocation and its reward as a picture, shape (height, width, 3), uint8."""
         title = f"{allocation.sparsity:.1%} sparsity ({allocation.resource})"

@@ -39,7 +39,7 @@ from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
 from ffgym.recover.text import RecoveryTexts, gather, training_window
-from ffgym.report.figures import new_figure, save_figure, tidy
+from ffgym.report.figures import default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import strict
 from ffgym.report.progress import Reporter
 from ffgym.report.table import bos_text
@@ -383,6 +383,7 @@ class _Recovery:
                 self.tracker.log_artifact(path)
         return RecoveredModel(saved, table, table.rows[-1].evaluation, summary)
 
+    @default_style()
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve and the configuration, beside the checkpoints; of a curve that is no JSON, what else there is."""
         rows = table.layout().as_dicts()

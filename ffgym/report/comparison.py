@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ffgym.report.figures import BLACK, BLUE, SERIES, new_figure, save_figure, tidy
+from ffgym.report.figures import BLACK, BLUE, SERIES, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, humane, percent, stacked
 from ffgym.report.paired import Difference, difference_data, margin, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
@@ -121,6 +121,7 @@ def _times_dense(run: ComparedRun) -> str:
     return "—" if ratio is None else f"{ratio:,.2f}"
 
 
+@default_style()
 def differences_figure(differences: Sequence[tuple[str, Difference]], reference: str, path: Path) -> None:
     """Draw a forest plot: every difference from a reference with its 95 % interval; ties are hollow.
 
@@ -162,6 +163,7 @@ def _reach(found: Difference) -> float:
     return abs(found.mean) + (found.margin if math.isfinite(found.margin) else 0.0)
 
 
+@default_style()
 def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
     """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models."""
     figure = new_figure(width=9.0, height=5.0)

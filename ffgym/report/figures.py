@@ -1,13 +1,15 @@
 """The pictures of a run: what each sublayer keeps, how the reward grew, and how allocations differ.
 
 PNG at 150 dpi, in the Okabe-Ito colours that colour-blind readers tell apart. matplotlib is imported when a picture is
-drawn, draws without a screen, and is told nothing globally, so that a caller's own figures stay as they are.
+drawn, and draws without a screen. A caller's style changes no picture of ours, and stays as it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,12 +49,27 @@ SHARES_KEPT: dict[Kind, str] = {
 }
 
 
+# Styles are global: of two threads, the second to begin would take the first one's for the caller's.
+_ONE_THREAD = threading.RLock()
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw and save in matplotlib's default style, which is the caller's own again afterwards."""
+    import matplotlib.style
+
+    with _ONE_THREAD, matplotlib.style.context("default"):
+        yield
+
+
+@default_style()
 def units_kept_figure(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], path: Path) -> Figure:
     """Write the picture of what a run found: see `draw_units_kept`."""
     found = next(iter(allocations.values()))
     return save_figure(draw_units_kept(sublayers, allocations, _kept_title(sublayers, found)), path)
 
 
+@default_style()
 def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, Allocation], title: str) -> Figure:
     """Draw the share of its units that every sublayer keeps, over depth; attention and MLP in a panel each.
 
@@ -119,6 +136,7 @@ def _kinds(sublayers: Sequence[Sublayer]) -> list[Kind]:
     return [kind for kind in UNIT_NAMES if any(sublayer.kind == kind for sublayer in sublayers)]
 
 
+@default_style()
 def reward_figure(
     episodes: Mapping[str, Sequence[Episode]],
     path: Path,
@@ -220,6 +238,7 @@ def _draw_rewards(
     return float(points[-1][1]) if points else math.nan
 
 
+@default_style()
 def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode], title: str, path: Path) -> Figure:
     """Draw the share of its units that every sublayer kept over the course of a search: a mean over each update.
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffgym.report.figures import BLUE, REFERENCE_LOOKS, new_figure, save_figure, tidy
+from ffgym.report.figures import BLUE, REFERENCE_LOOKS, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import STAR, Table, humane, strict, text_columns
 from ffgym.report.paired import paired_difference
 from ffgym.report.table import Row, perplexity_text
@@ -131,6 +131,7 @@ def as_dict(front: Front) -> JSONDict:
     return strict(data)
 
 
+@default_style()
 def front_figure(front: Front, path: Path) -> Figure:
     """Draw report perplexity against sparsity, the found allocations strong, the rules beside them."""
     figure = new_figure(width=8.0, height=5.0)

@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffgym.report.figures import BLUE, ORANGE, new_figure, save_figure, tidy
+from ffgym.report.figures import BLUE, ORANGE, default_style, new_figure, save_figure, tidy
 from ffgym.types import Allocation, JSONDict
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _row(point: ParetoPoint) -> JSONDict:
     }
 
 
+@default_style()
 def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], path: Path, note: str) -> Figure:
     """Draw every pair of objectives: the Pareto set numbered as in ``pareto.json``, what it dominates, the dense model.
 

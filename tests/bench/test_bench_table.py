@@ -305,6 +305,15 @@ def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart
     assert len({*drawn} & {*baselines}) == min(count, 6)
 
 
+def test_the_callers_style_does_not_change_the_picture(tmp_path: Path, dark_style: Any) -> None:
+    some = results()
+    table = bench_table("Bench", some, baselines=["evolution"])
+    bench_figure(table, some, tmp_path / "plain.png")
+    with dark_style:
+        bench_figure(table, some, tmp_path / "dark.png")
+    assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
 def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn_axes(results(), tmp_path / "bench.png", monkeypatch, "evolution")
     assert "evolution: 31.00, 2 seeds" in {line.get_label() for line in axes.lines}

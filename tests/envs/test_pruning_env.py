@@ -73,7 +73,7 @@ def test_an_unknown_option_of_reset_is_refused_with_the_nearest(env):
         env.reset(options={"sparsty": 0.2})
 
 
-def test_draws_what_the_last_episode_kept(env):
+def test_draws_what_the_last_episode_kept_whatever_the_callers_style_is(env, dark_style):
     env.reset(seed=0)
     assert env.render() is None, "nobody asked for pictures"
     env.render_mode = "rgb_array"
@@ -83,6 +83,8 @@ def test_draws_what_the_last_episode_kept(env):
     assert (picture.dtype, picture.ndim, picture.shape[2]) == (np.uint8, 3, 3)
     assert not np.array_equal(picture, dense)
     np.testing.assert_array_equal(picture, env.render())
+    with dark_style:
+        np.testing.assert_array_equal(picture, env.render())
 
 
 def test_the_reward_is_what_it_should_be(env):

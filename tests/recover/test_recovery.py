@@ -233,6 +233,14 @@ def test_the_callers_mode_changes_no_bit(finished: tuple[Path, RecoveredModel], 
     assert same_weights(result.saved.path, finished[1].saved.path)
 
 
+def test_the_callers_style_does_not_change_the_picture(
+    finished: tuple[Path, RecoveredModel], folder: Path, dark_style: Any
+) -> None:
+    with dark_style:
+        result = recovered(folder)
+    assert (result.saved.path / "recovery.png").read_bytes() == (finished[1].saved.path / "recovery.png").read_bytes()
+
+
 # going on after Ctrl-C
 
 

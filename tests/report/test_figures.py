@@ -1,10 +1,12 @@
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import made_up_episodes
+import matplotlib
 import pytest
 from stored_runs import row
 
@@ -26,6 +28,7 @@ SUBLAYERS = [
 ]
 FOUND = Allocation((2, 30, 1, 64, 2, 0, 0, 20), 500, 1568)
 UNIFORM = Allocation((2, 40) * 4, 1200, 1568)
+MEASURED = ReportTable((row("dense", (1.0, 2.0), 0.0), row("found", (2.0, 3.0), 0.2, is_found=True)), "how")
 
 
 def episode(index: int, sparsity: float = 0.2, **changes) -> Episode:
@@ -141,8 +144,7 @@ def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, monkeypatc
 def test_runs_of_one_size_stand_side_by_side_and_more_of_them_than_colours_are_told_apart(tmp_path, monkeypatch):
     figures: list[Any] = []
     monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
-    table = ReportTable((row("dense", (1.0, 2.0), 0.0), row("found", (2.0, 3.0), 0.2, is_found=True)), "how")
-    runs = [ComparedRun(f"run {i}", "reinforce", "wanda", "params", table, "") for i in range(4 * len(SERIES))]
+    runs = [ComparedRun(f"run {i}", "reinforce", "wanda", "params", MEASURED, "") for i in range(4 * len(SERIES))]
     size_figure(runs, tmp_path / "size.png")
     axes = figures[0].axes[0]
     assert "equal size are drawn side by side" in axes.get_title(loc="left")
@@ -166,6 +168,38 @@ def test_a_picture_that_cannot_be_written_names_its_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"file/kept\.png"):
         units_kept_figure(SUBLAYERS, {"found": FOUND}, tmp_path / "file" / "kept.png")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: units_kept_figure(SUBLAYERS, {"found": FOUND, "uniform": UNIFORM}, path),
+        lambda path: reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)]}, path, {}),
+        lambda path: allocations_figure(SUBLAYERS, [episode(i) for i in range(8)], "20 %", path),
+        lambda path: differences_figure([("some", Difference(0.1, 0.02))], "fisher", path),
+        lambda path: size_figure([ComparedRun("run", "reinforce", "wanda", "params", MEASURED, "")], path),
+    ],
+    ids=["units kept", "reward", "allocations", "differences", "size"],
+)
+def test_the_callers_style_changes_no_picture_and_stays_as_it_is(tmp_path, dark_style, draw):
+    draw(tmp_path / "plain.png")
+    with dark_style:
+        before = dict(matplotlib.rcParams.copy())
+        draw(tmp_path / "dark.png")
+        assert dict(matplotlib.rcParams.copy()) == before
+    assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_two_threads_draw_and_the_callers_style_stays_as_it_is(tmp_path, dark_style):
+    def draw(number: int) -> bytes:
+        units_kept_figure(SUBLAYERS, {"found": FOUND}, tmp_path / f"{number}.png")
+        return (tmp_path / f"{number}.png").read_bytes()
+
+    with dark_style, ThreadPoolExecutor(2) as pool:
+        before = dict(matplotlib.rcParams.copy())
+        pictures = list(pool.map(draw, range(6)))
+        assert dict(matplotlib.rcParams.copy()) == before
+    assert set(pictures) == {draw(6)}
 
 
 def test_drawing_needs_no_screen_and_leaves_pyplot_alone():

@@ -86,6 +86,13 @@ def test_the_picture_is_drawn_also_where_a_rule_broke_down(front: Front, tmp_pat
     assert len(figure.axes[0].lines) == 2, "no line of a dense model that has no perplexity"
 
 
+def test_the_callers_style_does_not_change_the_picture(front: Front, tmp_path, dark_style) -> None:
+    front_figure(front, tmp_path / "plain.png")
+    with dark_style:
+        front_figure(front, tmp_path / "dark.png")
+    assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("found", "rule", "labels"),
     [

@@ -57,6 +57,13 @@ def test_a_picture_has_a_panel_for_every_pair(names, tmp_path):
     assert figure.axes[0].get_xlabel() == "perplexity ratio (more is better)"
 
 
+def test_the_callers_style_does_not_change_the_picture(tmp_path, dark_style):
+    pareto_figure(POINTS, DENSE, tmp_path / "plain.png", "on 8 examples")
+    with dark_style:
+        pareto_figure(POINTS, DENSE, tmp_path / "dark.png", "on 8 examples")
+    assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
 def test_a_dense_model_far_off_does_not_press_the_allocations_together(tmp_path):
     figure = pareto_figure(POINTS, {**DENSE, "accuracy": 50.0}, tmp_path / "pareto.png", "on 8 examples")
     low, high = figure.axes[0].get_ylim()
