@@ -225,7 +225,7 @@ class Evaluation:
         return perplexity_of(self.loss)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # no ==: its action is an array
 class Episode:
     """One decision and what came of it: the row that histories, trackers and pictures are made of.
 

@@ -190,6 +190,12 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         self._objectives: tuple[str, ...] | None = None
         self._last: tuple[Allocation, float | None] = budget.allocation(prunable.dense_units), None
 
+    def __str__(self) -> str:  # its wrappers show it
+        model, sublayers = type(self.prunable.model).__name__, len(self.prunable.sublayers)
+        return f"<PruningEnv: {model}, {sublayers} sublayers, {self.sparsity:.1%} sparsity ({self.budget.resource})>"
+
+    __repr__ = __str__
+
     @property
     def window_tokens(self) -> int:
         """Tokens in one window, and so what evaluating it costs the search."""

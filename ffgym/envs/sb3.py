@@ -52,6 +52,9 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         offsets = Box(space.low - self.centre, space.high - self.centre, dtype=np.float32)
         super().__init__(env.num_envs, env.single_observation_space, offsets)
 
+    def __repr__(self) -> str:
+        return f"SB3VecEnv({self.env!r})"
+
     def importances(self, actions: np.ndarray) -> np.ndarray:
         """What actions stand for: clip(centre + action), float32."""
         space = self.importance_space

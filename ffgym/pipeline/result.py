@@ -18,12 +18,12 @@ from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.front import Front
 from ffgym.report.front import as_dict as front_as_dict
-from ffgym.report.table import ReportTable
+from ffgym.report.table import ReportTable, perplexity_text
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunResult:
     """What a run returns.
 
@@ -42,6 +42,14 @@ class RunResult:
     mlflow_run: str | None
     front: Front | None = None
     recovered: RecoveredModel | None = None
+
+    def __repr__(self) -> str:
+        row, dense = self.table.result, self.table.dense
+        figures = f"{row.label} {perplexity_text(row)}, dense {perplexity_text(dense)}"
+        return f"<RunResult in {self.folder}: perplexity of {figures}>"
+
+    def _repr_markdown_(self) -> str:
+        return self.table._repr_markdown_()
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps``."""
@@ -83,6 +91,9 @@ class FinishedRun:
     model: Path | None
     recovered_model: Path | None
     mlflow_run: str | None
+
+    def _repr_markdown_(self) -> str:
+        return read_table(self.folder)._repr_markdown_()
 
     def to_json(self) -> JSONDict:
         """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""

@@ -95,6 +95,12 @@ class ReportTable:
     header: str
     windows: str = ""
 
+    def __repr__(self) -> str:
+        return f"<ReportTable: {', '.join(f'{row.label} {perplexity_text(row)}' for row in self.rows)}>"
+
+    def _repr_markdown_(self) -> str:
+        return self.layout().markdown()
+
     @property
     def dense(self) -> Row:
         """The dense model's row."""

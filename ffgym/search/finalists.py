@@ -21,7 +21,7 @@ from ffgym.types import Allocation, Episode
 STARTS = ("prior", "given policy")  # origins of what a search started from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # no ==: its importance is an array
 class Candidate:
     """An allocation, the importances behind it, and where it came from.
 

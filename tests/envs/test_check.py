@@ -84,6 +84,7 @@ def test_warnings_and_failures_become_complaints():
 
 def test_gymnasium_makes_the_environment_by_name(tiny_run):
     env = gymnasium.make(ffgym.envs.ENV_ID, config=tiny_run, prune={"sparsity": 0.3})
+    assert "<PruningEnv: LlamaForCausalLM, 6 sublayers, 30.0% sparsity (params)>" in repr(env)
     observation, _ = env.reset(seed=0)
     np.testing.assert_allclose(observation, [0.3, 1.0])
     action = np.zeros(env.action_space.shape, np.float32)

@@ -24,6 +24,7 @@ def test_is_a_vec_env_of_single_spaces():
     assert env.num_envs == 4
     assert env.action_space == toy().single_action_space
     assert env.observation_space == toy().single_observation_space
+    assert repr(env) == f"SB3VecEnv({env.env!r})"
 
 
 def test_rewards_and_observations_are_those_of_the_vector_environment():

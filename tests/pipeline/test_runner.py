@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 import re
 import resource
 import shutil
@@ -424,11 +425,23 @@ def test_plugins_that_read_text_and_train_are_tags_too(finished: Finished) -> No
     }
 
 
-def test_a_notebook_that_shows_the_result_is_not_flooded_with_its_episodes(finished: Finished) -> None:
-    shown = repr(finished.result)
-    assert "perplexity" in shown
-    assert len(shown) < 6000
-    assert not any(word in shown for word in ("Episode(", "losses=", "finalists="))
+def test_a_notebook_shows_a_result_as_its_table_and_a_console_in_a_line(finished: Finished) -> None:
+    result, report = finished.result, (finished.folder / "report.md").read_text()
+    assert result._repr_markdown_() == result.table._repr_markdown_() == report
+    saved, dense = result.table.saved, result.table.dense
+    figures = f"{saved.label} {saved.perplexity:.2f}, dense {dense.perplexity:.2f}"
+    assert repr(result) == f"<RunResult in {finished.folder}: perplexity of {figures}>"
+    shown = repr(result.table)
+    assert all(f"{label} {row.perplexity:.2f}" in shown for label, row in finished.rows.items())
+    assert len(shown) < 600
+
+
+def test_results_can_be_compared_and_hashed(finished: Finished) -> None:
+    again = pickle.loads(pickle.dumps(finished.result))
+    assert again.table == finished.result.table
+    for name in ("best", "finalists", "history"):
+        assert getattr(again.found, name) != getattr(finished.result.found, name), "arrays are not compared"
+    assert len({again, finished.result, again.found, finished.result.found}) == 4
 
 
 # the same again, and other settings
