@@ -347,7 +347,7 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
     """After Ctrl-C, print what the run has found and where it is."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
             best = BEST_SO_FAR.read(path)
@@ -358,4 +358,5 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
             reporter("no episode has ended, so nothing is kept of this run")
             raise
         reporter(f"continue where it stopped: {resume_command(folder)}")
+        stop.add_note(f"continue where it stopped: ffgym.run(config, resume={str(folder)!r})")
         raise

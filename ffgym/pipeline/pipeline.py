@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, overload
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
+from ffgym.errors import ConfigError
 from ffgym.files import check_room
 from ffgym.models.loading import check_weights
 from ffgym.models.modes import own_modes
@@ -75,6 +76,11 @@ def run(
         FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
         KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
     """
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"run takes a RunConfig, and got {type(config).__name__}",
+            hint="Pass load_config(PATH), or load_config(**tables).",
+        )
     reporter = Reporter(progress)
     config = settle(config)
     for line in namesakes(config):

@@ -81,7 +81,7 @@ class SearchInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, found: SearchResult) -> None:
-        super().__init__()
+        super().__init__("Ctrl-C; the attribute found holds the best so far")
         self.found = found
 
 

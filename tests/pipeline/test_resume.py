@@ -76,8 +76,9 @@ def test_it_ends_with_the_numbers_of_an_uninterrupted_run_and_measures_nothing_t
     whole: Path, tmp_path: Path, steps: list[int], after: int
 ) -> None:
     steps[0] = after
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         go(config(tmp_path))
+    assert stop.value.__notes__ == [f"continue where it stopped: ffgym.run(config, resume={str(tmp_path / 'out')!r})"]
     steps[0] = 10**6
     result, said = go(config(tmp_path), resume=tmp_path / "out")
     assert len(steps) - 1 == 2 * EPISODES

@@ -679,6 +679,13 @@ def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(finished: Finished,
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("config", [{"prune": {"sparsity": 0.3}}, "run.toml", None])
+def test_what_is_no_configuration_is_refused_with_what_to_pass(config: Any) -> None:
+    said = f"run takes a RunConfig, and got {type(config).__name__}\n  Pass load_config"
+    with pytest.raises(ConfigError, match=said):
+        pipeline.run(config)
+
+
 @pytest.mark.parametrize(("table", "key"), [("data", "report"), ("model", "name")])
 def test_a_missing_text_or_model_is_refused_before_anything_is_made(tmp_path: Path, table: str, key: str) -> None:
     with pytest.raises((DataError, ModelError), match=r"nothing' does not exist"):

@@ -274,6 +274,7 @@ class TestInterruption:
             searched(env, Interrupting(1), schedule=Schedule(0.3, 2))
         found = raised.value.found
         assert isinstance(raised.value, KeyboardInterrupt)
+        assert "the attribute found holds the best so far" in str(raised.value)
         assert len(found.history) == 8
         assert found.best.origin == f"episode {max(found.history, key=lambda e: e.reward).index}"
         assert found.finalists == (found.best,)
