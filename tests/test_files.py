@@ -211,6 +211,11 @@ def _session(folder: Path) -> Path:
     return folder / "run.json"
 
 
+def _began(folder: Path) -> Path:
+    (folder / "config.toml").write_text(to_toml(CONFIG))
+    return _session(folder)
+
+
 def _latency(folder: Path) -> Path:
     (folder / "latency.json").write_text(to_json(made_up_table(tiny_model("llama"))))
     return folder / "latency.json"
@@ -281,6 +286,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
         _file("config.toml", to_toml(CONFIG)),
         lambda path: recorded_dense_model(path.parent),
     ),
+    "record of where it lay": (_began, lambda path: recorded_dense_model(path.parent)),
     "records for MLflow": (_outbox, lambda path: Outbox(path, "").forward(lambda record: None)),
 }
 FOREIGN = [

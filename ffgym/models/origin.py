@@ -8,7 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -33,7 +33,13 @@ class _Record(BaseModel):
     model: _RecordedModel = _RecordedModel()
 
 
-RECORD = FileFormat("record of a dense model", _Record, ConfigError, "Name the dense model with --dense MODEL.")
+class _Began(BaseModel):
+    dense: str | None = None
+
+
+SAY_WHICH = "Name the dense model with --dense MODEL."
+RECORD = FileFormat("record of a dense model", _Record, ConfigError, SAY_WHICH)
+BEGAN = FileFormat("record of a run's sessions", _Began, ConfigError, SAY_WHICH)
 LICENSE_KEYS = ("license", "license_name", "license_link")
 CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
 
@@ -45,11 +51,13 @@ class DenseModel:
     Attributes:
         name: as `load` takes it.
         said_by: an option or a file.
+        called: what it is called there, where that name does not lead to it from here.
     """
 
     name: str
     revision: str | None
     said_by: str
+    called: str | None = None
 
     @contextmanager
     def named(self) -> Iterator[None]:
@@ -59,8 +67,10 @@ class DenseModel:
         except ModelError as error:
             if self.said_by == "--dense":
                 raise
+            was = "file" if self.name.endswith(".gguf") else "folder"
+            began = "" if self.called is None else f"; it was the {was} {self.name} where the run began"
             raise ModelError(
-                f"{self.said_by} names {self.name!r} as the dense model: {error.message}",
+                f"{self.said_by} names {self.called or self.name!r} as the dense model{began}: {error.message}",
                 hint="Name it with --dense MODEL, as it is called from here.",
             ) from error
 
@@ -97,7 +107,7 @@ def dense_model(folder: Path, given: str | None) -> DenseModel:
     """Which dense model a saved one is compared with: the one given, or the one that the folder's record names.
 
     The record is ``config.toml`` in it, which runs and trainings write, or in the folder of the run that saved it, or
-    else ``base_model`` in its model card.
+    else ``base_model`` in its model card. ``run.json`` next to it says where a model lies that is a folder or a file.
 
     Args:
         given: what ``--dense`` says.
@@ -130,10 +140,26 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
         # A run writes every key; somebody else may have left out a default. Training leaves the name out where it was
         # not known.
         if model.name is not None or (file == run and file.is_file()):
-            return DenseModel(model.name or "demo", model.revision or None, str(file))
+            return _found_again(DenseModel(model.name or "demo", model.revision or None, str(file)), file)
     card = folder / "README.md"
     base = _line(_front_matter(card), "base_model")
     return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
+
+
+def _found_again(model: DenseModel, record: Path) -> DenseModel:
+    """A model that was a folder or a file, by its place when the run began, unless its name leads to it from here."""
+    began, here = record.with_name("run.json"), Path(model.name).expanduser()
+    place = BEGAN.read(began).dense if began.is_file() else None
+    # Both may have been moved, the run and its model.
+    if place is None or (here.exists() and (not Path(place).exists() or here.samefile(place))):
+        return model
+    return replace(model, name=place, called=model.name)
+
+
+def absolute_name(name: str) -> str | None:
+    """The absolute path of a model that is a folder or a file; ``None`` for the demo and for models of the hub."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if name != "demo" and (path.exists() or path.is_absolute()) else None
 
 
 def stated_license(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ffgym.data.splits import Split
 from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
-from ffgym.models.origin import hub_base, stated_license
+from ffgym.models.origin import absolute_name, hub_base, stated_license
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.plugins.contracts import check_reward
 from ffgym.prepare.calibrations import calibration_class
@@ -304,6 +304,8 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         return table, None
     is_demo = config.model.name == "demo"
     name, allocation = Path(config.model.name).name, found.best.allocation
+    # What the command in the card reads, and where the dense model lies.
+    records = ["config.toml"] + ["run.json"] * (absolute_name(config.model.name) is not None)
     card = model_card(
         title=f"{name}, {percent(found.target)} of {config.prune.resource} pruned",
         base_model=hub_base(config.model.name),
@@ -324,7 +326,7 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         task.loaded.tokenizer,
         folder,
         card=card,
-        files=[folder.parent / "config.toml"],  # what the command in the card reads
+        files=[folder.parent / record for record in records],
         stock=config.prune.uniform,
         towers=task.loaded.towers,
         dtype=task.loaded.saved_dtype,

@@ -199,12 +199,15 @@ class RunRecord:
         dtype: what ``model.dtype = "auto"`` chose; ``None`` where the model has not been loaded.
         results: names of the table and the models that the finished run left; empty before that.
         editions: of its plugins, those beyond the first; ``None`` where an earlier version began the run.
+        dense: absolute path of the dense model; ``None`` where that is no folder or file, or an earlier version began
+            the run.
     """
 
     mlflow_run: str | None = None
     dtype: str | None = None
     results: tuple[str, ...] = ()
     editions: dict[str, int] | None = None
+    dense: str | None = None
 
 
 RECORD = FileFormat(

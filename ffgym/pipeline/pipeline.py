@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, overload
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import ConfigError
+from ffgym.errors import ConfigError, ModelError
 from ffgym.files import check_room
 from ffgym.models.loading import check_weights
 from ffgym.models.modes import own_modes
+from ffgym.models.origin import absolute_name
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
 from ffgym.pipeline.compare import (
@@ -26,7 +27,7 @@ from ffgym.pipeline.compare import (
     model_folder,
     start_rewards,
 )
-from ffgym.pipeline.folder import check_output, reopen_folder
+from ffgym.pipeline.folder import check_output, read_record, reopen_folder
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
@@ -89,6 +90,11 @@ def run(
     if earlier is not None and (finished := finished_run(earlier, config)):
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
+    if earlier is not None and (place := read_record(earlier).dense) and not absolute_name(config.model.name):
+        raise ModelError(  # the hub may have another model of that name
+            f"model.name = {config.model.name!r} leads nowhere from here; it was {place} where the run began",
+            hint="Continue the run in the directory where you started it.",
+        )
     agent = make_agent(config)
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     check_weights(config.model.name)

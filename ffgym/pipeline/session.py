@@ -11,6 +11,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import OutputError
 from ffgym.files import disk_errors, write_text
+from ffgym.models.origin import absolute_name
 from ffgym.pipeline.artifacts import REPEAT
 from ffgym.pipeline.folder import (
     UNSENT,
@@ -99,7 +100,12 @@ class Session:
             disk_errors(),
             ExitStack() as ending,
         ):
-            record = RunRecord(tracker.run_id or earlier.mlflow_run, earlier.dtype, editions=editions(config))
+            record = RunRecord(
+                tracker.run_id or earlier.mlflow_run,
+                earlier.dtype,
+                editions=editions(config),
+                dense=absolute_name(config.model.name) or earlier.dense,
+            )
             removing = removing_if_nothing_found(folder, made=made)
             session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, removing)
             session._start()

@@ -9,7 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.modes import own_modes
-from ffgym.models.origin import CARD, model_folder, recorded_dense_model, weights_on_disk
+from ffgym.models.origin import CARD, DenseModel, absolute_name, model_folder, recorded_dense_model, weights_on_disk
 from ffgym.models.placement import choose_device, choose_dtype, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
@@ -108,11 +108,12 @@ def recover(
 
 def _with_dense(config: RunConfig, source: Path) -> tuple[RunConfig, str | None]:
     """Name the dense model that a saved one was made from in the configuration; ``None`` where nothing says which."""
-    if "name" in config.model.model_fields_set:
-        return config, config.model.name
-    record = recorded_dense_model(source)
-    if record is None:
-        return config, None
+    given = config.model.name if "name" in config.model.model_fields_set else None
+    record: DenseModel | None = None
+    with suppress(FFGymError) if given is not None else nullcontext():  # it is not needed
+        record = recorded_dense_model(source)
+    if record is None or given not in (None, record.called):
+        return config, given
     model = config.model.model_copy(update={"name": record.name, "revision": record.revision})
     return config.model_copy(update={"model": model}), record.name
 
@@ -383,7 +384,6 @@ class _Recovery:
                 self.tracker.log_artifact(path)
         return RecoveredModel(saved, table, table.rows[-1].evaluation, summary)
 
-    @default_style()
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve and the configuration, beside the checkpoints; of a curve that is no JSON, what else there is."""
         rows = table.layout().as_dicts()
@@ -396,9 +396,12 @@ class _Recovery:
         except PluginError as error:
             self.reporter.print(f"{CURVE} is without the curve: {error.message}")
             text = content({})
-        config = _record(self.config, self.dense)
-        return [self.checkpoint.write(CURVE, text), self.checkpoint.write("config.toml", config)]
+        written = {CURVE: text, "config.toml": _record(self.config, self.dense)}
+        if self.dense is not None and (place := absolute_name(self.dense)):
+            written["run.json"] = json.dumps({"dense": place}) + "\n"
+        return [self.checkpoint.write(name, text) for name, text in written.items()]
 
+    @default_style()
     def _draw(self, outcome: TrainingOutcome, picture: Path) -> None:
         """Draw how training went; a picture that cannot be drawn is no reason to lose a training."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,8 +12,15 @@ from safetensors.torch import save_file
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import ConfigError, ModelError
-from ffgym.models.loading import DEMO_BASE
-from ffgym.models.origin import dense_model, hub_base, model_folder, stated_license, weights_on_disk
+from ffgym.models.loading import DEMO_BASE, load
+from ffgym.models.origin import (
+    absolute_name,
+    dense_model,
+    hub_base,
+    model_folder,
+    stated_license,
+    weights_on_disk,
+)
 from ffgym.report.card import _front_matter
 
 
@@ -111,6 +119,26 @@ class TestDense:
             dense_model(run / "model", None)
         assert "--dense" in raised.value.hint
 
+    def test_a_folder_is_found_again_where_it_was_when_the_run_began(self, run, monkeypatch):
+        """Its name may be that of somebody else's model on the hub."""
+        (run / "config.toml").write_text("[model]\nname = 'models/mine'\n")
+        began = run.parent / "began" / "models" / "mine"
+        (run / "run.json").write_text(json.dumps({"mlflow_run": None, "dense": str(began)}))
+        monkeypatch.chdir(run)
+        found = dense_model(run / "model", None)
+        assert (found.name, found.called) == (str(began), "models/mine")
+        was = f"names 'models/mine' as the dense model; it was the folder {began} where the run began: "
+        with pytest.raises(ModelError, match=re.escape(was)) as raised, found.named():
+            load(found.name)
+        assert "--dense" in raised.value.hint
+        (run / "models" / "mine").mkdir(parents=True)
+        assert dense_model(run / "model", None).name == "models/mine", "both were moved"
+        began.mkdir(parents=True)
+        assert dense_model(run / "model", None).name == str(began), "the one here is another one"
+        monkeypatch.chdir(run.parent / "began")
+        assert dense_model(run / "model", None).name == "models/mine"
+        assert dense_model(run / "model", None).called is None
+
     def test_no_record_at_all(self, run):
         with pytest.raises(ConfigError, match=r"no config\.toml in it or beside it, and no base_model"):
             dense_model(run / "model", None)
@@ -145,6 +173,14 @@ def test_a_card_names_a_base_model_that_the_hub_knows(tmp_path, monkeypatch):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert (hub_base("someone/tiny"), hub_base("demo")) == ("someone/tiny", DEMO_BASE)
     assert [hub_base(name) for name in ("models/mine", str(tmp_path), "~/mine", "mine", "a/b/mine.gguf")] == [None] * 5
+
+
+def test_what_is_on_this_machine_has_an_absolute_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert absolute_name("models/mine") == str(tmp_path / "models" / "mine")
+    assert absolute_name("/no/longer/here") == "/no/longer/here"
+    assert [absolute_name(name) for name in ("demo", "someone/tiny", "gpt2")] == [None] * 3
 
 
 class TestWeights:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_tables, go
+from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_home, glass_tables, go
 from mlflow_store import client, new_store, runs
 from processes import interrupted, lines
 from rich.console import Console
@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.errors import DataError, OutputError
+from ffgym.errors import DataError, ModelError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
 from ffgym.pipeline.folder import folder_lock, read_record
@@ -323,6 +323,24 @@ def test_a_run_is_never_made_of_two_dtypes(tmp_path: Path, steps: list[int], mon
     result, said = go(config(tmp_path, model=auto), resume=tmp_path / "out")
     assert "float32 on cpu" in said
     assert [e.loss for e in result.found.history] == [e.loss for e in whole.found.history]
+
+
+def test_a_run_of_a_folder_never_goes_on_with_the_hubs_model_of_that_name(
+    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(glass_home() / "glass", tmp_path / "models" / "mine")
+    began = config(tmp_path, model={"name": "models/mine"})
+    monkeypatch.chdir(tmp_path)
+    steps[0] = len(steps) + 4
+    with pytest.raises(KeyboardInterrupt):
+        go(began)
+    steps[0] = 10**6
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=f"leads nowhere from here; it was {tmp_path}/models/mine where the run began"):
+        go(began, resume=tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    go(began, resume=tmp_path / "out")
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, steps: list[int]) -> None:

@@ -30,6 +30,7 @@ from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.models.loading import load
+from ffgym.models.origin import dense_model
 from ffgym.pipeline import pipeline
 from ffgym.prepare.parts import load_parts
 from ffgym.recover import lora as lora_module
@@ -617,6 +618,20 @@ def test_a_model_without_its_run_needs_the_options(folder: Path, tmp_path: Path)
     )
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "lonely" / "model-recovered" / "recovery.json").is_file()
+
+
+def test_the_dense_model_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run calls it by a name that leads to it only from where the run began."""
+    shutil.copytree(glass_home() / "glass", tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    went, _ = go(glass_config(tmp_path, **changes("lora"), model={"name": "models/mine"}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = recovered(went.folder / "model", output="trained")
+    assert [row.label for row in again.table.rows] == ["dense", "before", "lora"]
+    alone = shutil.move(went.folder / "model", "alone")
+    for model in (alone, went.folder / "model-recovered", again.saved.path):
+        assert dense_model(Path(model), None).name == str(tmp_path / "models" / "mine")
 
 
 def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: Path) -> None:
