@@ -35,27 +35,27 @@ class TaskTable:
     complete: bool = True
 
     def layout(self) -> Table[Line]:
-        """What stands where; two models fit into 80 columns of a console."""
+        """What stands where; two models fit into 80 columns of a console, and of more the figures take two lines."""
         from rich.text import Text
 
+        lines = _lines(self)
+        task = min(14, max(len(line.task) for line in lines)) if lines else None
+        metric = min(10, max(len("metric"), *(len(line.metric) for line in lines))) if lines else None
         columns: list[Column[Line]] = [
-            Column("task", lambda line: line.task, left=True, once=True, look={"max_width": 14, "overflow": "fold"}),
-            Column("metric", lambda line: line.metric, left=True, look={"max_width": 10}),
+            Column("task", lambda line: line.task, left=True, once=True, look={"width": task, "overflow": "fold"}),
+            Column("metric", lambda line: line.metric, left=True, look={"width": metric}),
             Column("split", lambda line: line.split, left=True, once=True, look={"no_wrap": True}),
             Column("examples", lambda line: line.examples, once=True, look={"no_wrap": True}),
             *(
                 Column(
                     model.name,
                     partial(_figure, index),
-                    console_head=Text(model.name, overflow="fold"),
-                    look={"no_wrap": True},
+                    console_head=Text(model.name.replace("/", "/\n"), overflow="fold"),
                 )
                 for index, model in enumerate(self.models)
             ),
         ]
-        return Table(
-            columns, _lines(self), _notes(self), row_style=lambda line: "bold" if line.task == MEAN_LABEL else ""
-        )
+        return Table(columns, lines, _notes(self), row_style=lambda line: "bold" if line.task == MEAN_LABEL else "")
 
 
 @dataclass(frozen=True)

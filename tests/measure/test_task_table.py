@@ -62,6 +62,25 @@ def test_two_models_fit_into_eighty_columns():
     assert all(task[:12] in text for task in PAPER_TASKS)
 
 
+def test_tasks_and_metrics_stay_readable_beside_three_models():
+    names = ("models/dense", "runs/x/model", "runs/x/model-recovered")
+    table = TaskTable(
+        tuple(scores(name, *(result(task, 0.5, 0.5) for task in PAPER_TASKS)) for name in names),
+        task_set(*PAPER_TASKS),
+        None,
+    )
+    lines = rendered(table, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    firsts = [line.split()[:2] for line in lines]
+    assert all([task, "acc"] in firsts for task in PAPER_TASKS)
+    assert sum(line.split().count("±") for line in lines if "0.5000" in line) == 3 * 16
+
+
+def test_a_models_name_is_broken_where_a_folder_ends():
+    lines = rendered(TaskTable((scores("runs/x/model", result("piqa")),), task_set("piqa"), None)).splitlines()
+    assert [line.split()[-1] for line in lines[:3]] == ["runs/", "x/", "model"]
+
+
 def test_the_notes_say_how_it_was_measured():
     text = " ".join(rendered(TWO).split())
     assert "Zero-shot, lm-eval 0.4.13 with its own task definitions" in text
