@@ -6,7 +6,7 @@ One :class:`Measurement`: its two tables; JSON has its fields.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ffgym.costs.timing import Spread
@@ -98,7 +98,7 @@ def speed_rows(found: Measurement) -> list[tuple[str, ...]]:
             f"{speed.workload.length:,}",
             rate(speed.dense),
             rate(speed.pruned),
-            f"{speed.ratio.median:.2f} ({speed.ratio.low:.2f}-{speed.ratio.high:.2f})",
+            _spread(speed.ratio, "{:.2f}".format),
             f"{speed.ceiling:.2f}",
         )
         for speed in found.speeds
@@ -155,8 +155,13 @@ def _size(
 
 def rate(spread: Spread, unit: float = 1.0) -> str:
     """Median and quartiles, three significant digits: repetitions seldom agree on more."""
-    median, low, high = (_digits(unit * value) for value in (spread.median, spread.low, spread.high))
-    return f"{median} ({low}-{high})"
+    return _spread(spread, lambda value: _digits(unit * value))
+
+
+def _spread(spread: Spread, text: Callable[[float], str]) -> str:
+    """Median and quartiles; a single repetition has none."""
+    median, low, high = map(text, (spread.median, spread.low, spread.high))
+    return median if spread.low == spread.high else f"{median} ({low}-{high})"
 
 
 def _digits(value: float) -> str:

@@ -153,3 +153,4 @@ def test_the_terminal_shows_the_same_cells():
 def test_speeds_have_three_digits_and_fit_a_column():
     assert rate(Spread(25.04, 24.96, 25.14)) == "25.0 (25.0-25.1)"
     assert rate(Spread(17_022, 999.4, 247_000)) == "17.0k (999-247k)"
+    assert rate(Spread.of([25.04])) == "25.0", "a single repetition has no quartiles"
