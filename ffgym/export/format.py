@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffgym.errors import OutputError, PluginError
+from ffgym.data.hub import is_hub_id
+from ffgym.errors import FFGymError, OutputError, PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
@@ -77,18 +79,17 @@ def export(
     """Write a saved model in the format of this name.
 
     Args:
-        folder: of a saved model, or of a run, whose model is meant.
+        folder: of a saved model, or of a run, whose model is meant; or the name of a model in the hub's cache, or demo.
 
     Raises:
-        OutputError: the target is there already, is the model itself, or cannot be written.
+        OutputError: the target is there already, is the model itself or its dense model, or cannot be written.
         ModelError: there is no model, or one that the format cannot represent.
     """
-    from ffgym.models.origin import model_folder  # late: it needs transformers, and the base class above does not
-
     plugin: ExportFormat = manager.create("export", name, options)
-    source, place = model_folder(folder), target.expanduser()
-    if source.resolve().is_relative_to(place.resolve()):
-        raise OutputError(f"writing {place} would delete the model in {source}", hint="Choose another place.")
+    source, place = _source(folder), target.expanduser()
+    for what, model in _not_to_be_lost(source):
+        if model.resolve().is_relative_to(place.resolve()):
+            raise OutputError(f"writing {place} would delete the {what} in {model}", hint="Choose another place.")
 
     def write() -> Exported:
         try:
@@ -103,3 +104,26 @@ def export(
     if not isinstance(written, Exported):
         raise PluginError(f"{manager.described(plugin)}: write returned {type(written).__name__}, not an Exported")
     return written
+
+
+def _source(folder: Path) -> Path:
+    """The folder of a model by its place, else of the demo or a model in the hub's cache by its name."""
+    # Late: it needs transformers, and the base class above does not.
+    from ffgym.models.loading import checkpoint_folder
+    from ffgym.models.origin import model_folder
+
+    if not folder.expanduser().exists() and is_hub_id(str(folder)):
+        with suppress(OSError, ValueError):  # it is not in the cache, or the hub allows no such name
+            return checkpoint_folder(str(folder))
+    return model_folder(folder)
+
+
+def _not_to_be_lost(source: Path) -> Iterator[tuple[str, Path]]:
+    """The model, and the dense one that it was made from where that is a folder or a file: no run brings it back."""
+    from ffgym.models.origin import absolute_name, recorded_dense_model
+
+    yield "model", source
+    with suppress(FFGymError):  # a damaged record names none
+        dense = recorded_dense_model(source)
+        if dense is not None and (path := absolute_name(dense.name)) is not None:
+            yield "dense model", Path(path)

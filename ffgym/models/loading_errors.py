@@ -37,6 +37,11 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
             f"model {name!r} needs a package that is not installed: {said}",
             hint="Install it, or name a copy of the model that is not quantised.",
         )
+    if "`nemotron-nas`" in said:  # what `ffgym export` writes
+        return ModelError(
+            f"model {name!r} is a nemotron-nas export for other software, such as MLX; transformers cannot read it",
+            hint="Name the folder that it was made from.",
+        )
     if "does not recognize this architecture" in str(error):
         return ModelError(
             f"model {name!r} needs a newer transformers: {said}",

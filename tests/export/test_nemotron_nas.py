@@ -126,6 +126,33 @@ def test_the_model_itself_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "model" / "modeling_ffgym.py").is_file()
 
 
+def test_the_dense_model_of_the_run_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even from where another folder has its name."""
+    saved(tmp_path / "run" / "model", UNEVEN)
+    saved(tmp_path / "models" / "mine", (2, 48) * 3)
+    (tmp_path / "run" / "config.toml").write_text("[model]\nname = 'models/mine'\n")
+    monkeypatch.chdir(tmp_path)
+    for place in ("models/mine", "models"):
+        with pytest.raises(OutputError, match=f"would delete the dense model in {tmp_path}/models/mine"):
+            export(tmp_path / "run", Path(place), name="nemotron-nas", overwrite=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"dense": str(tmp_path / "models" / "mine")}))
+    monkeypatch.chdir(tmp_path / "run")
+    with pytest.raises(OutputError, match="would delete the dense model"):
+        export(tmp_path / "run", tmp_path / "models" / "mine", name="nemotron-nas", overwrite=True)
+    assert (tmp_path / "models" / "mine" / "modeling_ffgym.py").is_file()
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_an_export_is_no_model_for_ffgym(tmp_path: Path, command: str) -> None:
+    """And no newer transformers reads it."""
+    _, folder, _ = written(tmp_path, UNEVEN)
+    more = {"eval": ["--tasks", "loss"], "export": ["--gguf", str(tmp_path / "m.gguf")]}[command]
+    result = CliRunner().invoke(app, [command, str(folder), *more])
+    assert result.exit_code == 1
+    assert "is a nemotron-nas export for other software" in result.stderr
+    assert "Name the folder that it was made from." in result.stderr
+
+
 def test_progress_begins_at_0_and_reaches_the_end(tmp_path: Path) -> None:
     saved(tmp_path / "model", UNEVEN)
     seen: list[tuple[int, int]] = []
