@@ -50,7 +50,7 @@ class TaskTable:
                 Column(
                     model.name,
                     partial(_figure, index),
-                    console_head=Text(model.name.replace("/", "/\n"), overflow="fold"),
+                    console_head=Text(model.name, overflow="fold"),
                 )
                 for index, model in enumerate(self.models)
             ),

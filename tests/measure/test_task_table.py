@@ -76,11 +76,6 @@ def test_tasks_and_metrics_stay_readable_beside_three_models():
     assert sum(line.split().count("±") for line in lines if "0.5000" in line) == 3 * 16
 
 
-def test_a_models_name_is_broken_where_a_folder_ends():
-    lines = rendered(TaskTable((scores("runs/x/model", result("piqa")),), task_set("piqa"), None)).splitlines()
-    assert [line.split()[-1] for line in lines[:3]] == ["runs/", "x/", "model"]
-
-
 def test_the_notes_say_how_it_was_measured():
     text = " ".join(rendered(TWO).split())
     assert "Zero-shot, lm-eval 0.4.13 with its own task definitions" in text
