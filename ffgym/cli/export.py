@@ -18,7 +18,12 @@ from ffgym.report.layout import humane
 @app.command()
 def export(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="saved model, or the folder of a run", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="saved model, folder of a run, demo, or a hub id that was downloaded",
+            show_default=False,
+        ),
     ],
     name: Annotated[str, typer.Option("--format", help="what to write, one of `ffgym ls exports`")] = "gguf",
     output: Annotated[
@@ -64,7 +69,9 @@ def export(
     target = output or gguf
     if target is None or (output and gguf) or (gguf and name != "gguf"):
         raise typer.BadParameter("name what to write, once", param_hint="--output PATH or --gguf FILE")
-    options = parsed_overrides(overrides or []) | ({} if dtype is None else {"dtype": dtype})
+    options = parsed_overrides(overrides or [])
+    if dtype is not None and options.setdefault("dtype", dtype) != dtype:
+        raise typer.BadParameter(f"{dtype!r}, and --set dtype says {options['dtype']!r}", param_hint="--dtype")
     with Reporter().stage(f"write {target.name}", 1) as stage:
 
         def progress(done: int, total: int) -> None:

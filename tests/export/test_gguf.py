@@ -391,12 +391,14 @@ def refused(case: Any, tmp_path: Path, **options: Any) -> ModelError:
     ("make", "message", "hint"),
     [
         (lambda: pruned("opt", (4, 17, 4, 48, 4, 5)), "does not write models of family 'opt'", "docs/models.md"),
-        (lambda: pruned("gemma", UNEVEN), r"gemma reads one size for all layers \(layer 1", "transformers and vLLM"),
-        (lambda: pruned("qwen3", UNEVEN), "qwen3 reads one size.*; .*openelm has no output matrix of its own", "docs"),
+        (lambda: pruned("gemma", UNEVEN), r"gemma reads one size for all layers \(layer 1", "--uniform"),
+        (lambda: pruned("qwen3", UNEVEN), "reads one size.*; .*openelm has no output matrix of its own", "--uniform"),
         (lambda: pruned("qwen3", EMPTIED, tied=True), r"needs attention in every layer \(layer 1", "min_units=1"),
         (lambda: pruned("qwen3", EVEN, biases=True), r"qwen3 reads no bias of o_proj \(layer 0", "--calibration ridge"),
         (lambda: pruned("gemma", EVEN, biases=True), "gemma reads no bias of o_proj", "--calibration ridge"),
-        (lambda: pruned("gemma3_text", UNEVEN), r"gemma3 reads one size for all layers \(layer 1", "transformers"),
+        (lambda: pruned("gemma3_text", UNEVEN), r"gemma3 reads one size for all layers \(layer 1", "--uniform"),
+        (lambda: pruned("gemma", UNEVEN, biases=True), "and reads no bias", "shape. Prune with --calibration ridge"),
+        (lambda: with_rope(pruned("qwen3", UNEVEN), **LLAMA_3_ROPE), "reads one size.* and reads no factors", "docs/"),
         (lambda: with_config("gemma3_text", query_pre_attn_scalar=16), "by the root of 8, not of 16", "transformers"),
         (lambda: with_config("llama", hidden_act="relu"), "computes silu, not relu", "transformers"),
         (lambda: with_config("gemma2", attn_logit_softcapping=None), "gemma2 caps attention scores", "transformers"),
@@ -432,7 +434,8 @@ def test_an_output_matrix_that_only_the_config_calls_tied_is_written(tmp_path: P
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
     assert "'q4_0'" in error.message
-    assert "f32, f16, bf16" in str(error.hint)
+    assert error.hint == "Use one of f32, f16, bf16."
+    assert "Did you mean bf16? " in str(refused(pruned("llama", UNEVEN), tmp_path / "again", dtype="bfloat16").hint)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -484,6 +487,17 @@ def test_a_missing_folder_is_refused_and_in_that_of_a_run_the_model_is_found(tmp
         export_gguf(tmp_path / "nowhere", tmp_path / "m.gguf")
     save(pruned("llama", UNEVEN), tmp_path / "run" / "model")
     assert export_gguf(tmp_path / "run", tmp_path / "m.gguf").path.is_file()
+
+
+def test_a_model_in_the_hubs_cache_is_written_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, commit = tmp_path / "hub" / "models--some--one", "0" * 40
+    save(pruned("llama", None), place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert export_gguf(Path("some/one"), tmp_path / "m.gguf").path.is_file()
+    with pytest.raises(ModelError, match="'some/other' does not exist"):
+        export_gguf(Path("some/other"), tmp_path / "m.gguf", overwrite=True)
 
 
 # --- whole or not at all ----------------------------------------------------------------------------------------------
@@ -548,6 +562,12 @@ def test_the_command_says_what_it_wrote_and_how_to_run_it(folder: Path, tmp_path
     assert " k parameters in bf16, architecture deci" in done.stdout
     assert run_line(tmp_path / "m.gguf") in done.stdout
     assert "write m.gguf: done" in done.stderr
+
+
+def test_two_dtypes_are_refused(folder: Path, tmp_path: Path) -> None:
+    done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"), "--dtype", "f16", "--set", "dtype=f32")
+    assert done.exit_code == 2
+    assert "'f16', and --set dtype says 'f32'" in done.stderr
 
 
 def test_json_is_all_there_is_on_stdout(folder: Path, tmp_path: Path) -> None:

@@ -211,10 +211,11 @@ def choose_architecture(contents: Contents) -> Architecture:
     """The first candidate that can say the model.
 
     Raises:
-        ModelError: none can; says what each lacks, and the way round it, if there is one.
+        ModelError: none can; says what each lacks, and the shortest way round all that one of them lacks, if there is
+            one.
         UnknownNameError: the family names an architecture that ffgym does not know.
     """
-    reasons, hint = [], f"docs/models.md says what can be written. {OTHERWISE}"
+    reasons, ways = [], list[list[str]]()
     for name in contents.family.gguf:
         if name not in ARCHITECTURES:
             raise UnknownNameError("architecture of llama.cpp", name, ARCHITECTURES)
@@ -223,9 +224,12 @@ def choose_architecture(contents: Contents) -> Architecture:
         if not lacking:
             return architecture
         reasons.append(f"llama.cpp's {architecture.name} {' and '.join(what for what, _ in lacking)}")
-        hint = next((hint for _, hint in lacking if hint), hint)
+        if all(way for _, way in lacking):
+            ways.append([way for _, way in lacking])
+    shortest = min(ways, key=len, default=[f"docs/models.md says what can be written. {OTHERWISE}"])
     raise ModelError(
-        f"this {contents.family.name} model cannot be written as a GGUF file: {'; '.join(reasons)}", hint=hint
+        f"this {contents.family.name} model cannot be written as a GGUF file: {'; '.join(reasons)}",
+        hint=" ".join(shortest),
     )
 
 
@@ -234,7 +238,8 @@ def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[s
     config, layers = contents.config, contents.layers
     sizes = [(layer.heads, layer.kv_heads, layer.written_channels) for layer in layers]
     if not architecture.uneven and (other := next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)):
-        yield f"reads one size for all layers (layer {other} has another than layer 0)", ""
+        way = "Prune with --uniform, which gives all layers one shape."
+        yield f"reads one size for all layers (layer {other} has another than layer 0)", way
     if not architecture.skips_attention and not all(layer.heads for layer in layers):
         index = next(index for index, layer in enumerate(layers) if not layer.heads)
         yield f"needs attention in every layer (layer {index} has none)", "Prune with --set prune.min_units=1."

@@ -76,7 +76,10 @@ class Gguf(ExportFormat):
         """
         place, dtype = target.resolve(), self.config.dtype
         if dtype is not None and dtype not in DTYPES:
-            raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"Use one of {', '.join(DTYPES)}.")
+            near = next(
+                (f"Did you mean {name}? " for name, (kind, *_) in DTYPES.items() if f"torch.{dtype}" == str(kind)), ""
+            )
+            raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"{near}Use one of {', '.join(DTYPES)}.")
         check_file(place, [".gguf"], overwrite=overwrite)
         config, checkpoint = read_checkpoint(folder)
         contents = read_contents(config, checkpoint)
