@@ -97,7 +97,7 @@ class Job:
     heuristics: tuple[tuple[str, JSONDict], ...]
     parent: str | None
     title: str
-    places: tuple[Path, ...] = ()
+    places: tuple[str, ...] = ()
 
 
 class CellRunner:

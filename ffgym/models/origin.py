@@ -159,7 +159,7 @@ def _found_again(model: DenseModel, record: Path) -> DenseModel:
 def absolute_name(name: str) -> str | None:
     """The absolute path of a model that is a folder or a file; ``None`` for the demo and for models of the hub."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if name != "demo" and (path.exists() or path.is_absolute()) else None
+    return str(path.absolute()) if name != "demo" and (path.exists() or path.is_absolute()) else None
 
 
 def stated_license(folder: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from ffgym.data.splits import ROLES, Splits
 from ffgym.errors import ConfigError, WorkerError
 from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.models.loading import LoadedModel, load
+from ffgym.models.origin import absolute_name
 from ffgym.models.placement import choose_device
 from ffgym.prepare.parts import evaluator_of, examples_for, make_reward, prepare_model
 from ffgym.prepare.paths import Prepared
@@ -54,7 +55,7 @@ class EvaluatorMaker:
     store: Path | None
     key: str
     streamed: bool = False
-    place: Path | None = None
+    place: str | None = None
 
     def __call__(self) -> ModelEvaluator:
         """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
@@ -67,7 +68,7 @@ class EvaluatorMaker:
             )
         table = self.config.model
         loaded = load(
-            str(self.place or table.name),
+            self.place or table.name,
             revision=table.revision,
             dtype=table.dtype,
             device=table.device,
@@ -82,22 +83,16 @@ class EvaluatorMaker:
         return evaluator_of(self.config, prepared, self.windows, self.examples)
 
 
-def model_place(name: str) -> Path | None:
-    """The folder or file on this machine that a model's name means, its full path; ``None`` where it means none."""
-    path = Path(name).expanduser()
-    return path.absolute() if name != "demo" and path.exists() else None
-
-
-def text_places(data: DataTable) -> list[Path]:
+def text_places(data: DataTable) -> list[str]:
     """The files and folders on this machine that a table ``[data]`` names, their full paths."""
     names = dict.fromkeys(name for role in ROLES for name in shares(getattr(data, role)))
     paths = [Path(name).expanduser() for name in names if source_of(name) is None]
-    return [path.absolute() for path in paths if path.exists()]
+    return [str(path.absolute()) for path in paths if path.exists()]
 
 
-def check_seen(place: Path) -> None:
+def check_seen(place: str) -> None:
     """Raise in a worker whose machine lacks a file or folder of the run: its name might mean something on the hub."""
-    if not place.exists():
+    if not Path(place).exists():
         raise WorkerError(
             f"a worker on {socket.gethostname()} does not see {place}",
             hint="Put it on a disk that all machines share, where it has the same path on each.",
@@ -127,7 +122,7 @@ def shared_executor(
         prepared.store,
         prepared.key,
         loaded.stream is not None,
-        model_place(table.name),
+        absolute_name(table.name),
     )
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 

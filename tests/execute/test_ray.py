@@ -236,7 +236,7 @@ def test_workers_are_told_what_this_process_is_told(tmp_path: Path, monkeypatch:
 def test_a_model_that_a_worker_cannot_see(tmp_path: Path) -> None:
     import torch
 
-    nothing, place = torch.zeros(0, 2, dtype=torch.int64), tmp_path / "moved"
+    nothing, place = torch.zeros(0, 2, dtype=torch.int64), str(tmp_path / "moved")
     maker = EvaluatorMaker(glass_config(tmp_path), nothing, nothing, (), frozenset(), None, "llama-12", place=place)
     with pytest.raises(WorkerError, match=f"a worker on {socket.gethostname()} does not see {place}") as raised:
         maker()
