@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import traceback
 from typing import Annotated, Any
 
 import typer
@@ -26,8 +28,10 @@ COMMANDS = (
 REFUSED_PATH = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR})
 
 
-def _ended(message: str, hint: str | None) -> typer.Exit:
-    """Print the error and its hint; exit 1."""
+def _ended(error: BaseException, message: str, hint: str | None) -> typer.Exit:
+    """Print the message and its hint, below the traceback if the environment asks for it; exit 1."""
+    if os.environ.get("FFGYM_TRACEBACK") == "1":
+        traceback.print_exception(error.__cause__ or error)  # of a plugin's failure, what the plugin raised
     typer.secho(f"error: {message}", fg="red", err=True)
     if hint is not None:
         typer.echo(f"hint: {hint}", err=True)
@@ -53,19 +57,20 @@ class Guarded(TyperGroup):
             error.message = error.message.removeprefix("Value error, ")  # typer shows what pydantic calls it
             raise
         except FFGymError as error:
-            raise _ended(error.message, error.hint) from None
+            raise _ended(error, error.message, error.hint) from None
         except OSError as error:
             if error.filename is None or error.errno not in REFUSED_PATH:
                 raise
-            raise _ended(f"{error.filename}: {error.strerror}", "Check the path and its permissions.") from None
+            message = f"{error.filename}: {error.strerror}"
+            raise _ended(error, message, "Check the path and its permissions.") from None
         except (RuntimeError, MemoryError) as error:
             if "determine home directory" in str(error):  # of a path that begins with ~NAME
                 unknown = "a path begins with ~ and the name of a user whom this machine does not know"
-                raise _ended(unknown, "Write ./~NAME if the file itself has this name.") from None
+                raise _ended(error, unknown, "Write ./~NAME if the file itself has this name.") from None
             if not is_out_of_memory(error):
                 raise
             said = str(error).strip().split("\n")[0]
-            raise _ended(f"memory is too small{': ' * bool(said)}{said}", OUT_OF_MEMORY) from None
+            raise _ended(error, f"memory is too small{': ' * bool(said)}{said}", OUT_OF_MEMORY) from None
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from None

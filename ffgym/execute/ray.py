@@ -31,7 +31,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from ffgym.errors import FFGymError, WorkerError, first_line
+from ffgym.errors import WorkerError, first_line
 from ffgym.evaluation.evaluator import Evaluator, Request
 from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
@@ -558,9 +558,9 @@ def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
 def _portable(error: Exception) -> Exception:
     """The exception as it can be sent: it names the machine, and has its traceback unless it was raised on purpose."""
     where = f"a worker on {socket.gethostname()}"
-    if not isinstance(error, FFGymError):
+    if not isinstance(error, FFGymError) or error.__cause__ is not None:
         error.add_note(f"in {where}:\n{traceback.format_exc()}")
-    elif not isinstance(error, WorkerError):  # which names it already
+    if isinstance(error, FFGymError) and not isinstance(error, WorkerError):  # which names it already
         error.message = f"{where}: {error.message}"
     try:
         pickle.loads(pickle.dumps(error))

@@ -247,7 +247,7 @@ def test_somebodys_reward_that_overflows_is_theirs() -> None:
     with pytest.raises(PluginError, match="failed while computing a reward: OverflowError") as caught:
         check_reward(number(lambda: math.exp(5000)), PRUNED, DENSE)
     assert "the package's author" in str(caught.value.hint)
-    assert "with ffgym.run, to see the whole traceback" in str(caught.value.hint)
+    assert "FFGYM_TRACEBACK=1 in the environment" in str(caught.value.hint)
 
 
 def test_a_built_in_that_breaks_is_not_blamed_as_somebodys_plugin() -> None:

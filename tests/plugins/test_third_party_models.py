@@ -311,3 +311,18 @@ def test_what_a_format_does_not_know_or_breaks_is_an_error(install: Install, mod
         assert (done.exit_code, done.stdout) == (1, "")
         assert said in done.stderr
     assert call(str(model), *where, "--gguf", "x.gguf").exit_code == 2
+
+
+def test_a_failure_shows_its_whole_traceback_on_demand(
+    install: Install, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("acme-format", FORMAT.format(answer="ffgym.load_config(None, [5])"))
+    command = (str(model), "--format", "names", "--output", str(tmp_path / "names.txt"))
+    done = call(*command)
+    assert "failed while writing" in done.stderr
+    assert "config/toml.py" not in done.stderr
+    assert "with FFGYM_TRACEBACK=1 in the environment" in done.stderr
+    monkeypatch.setenv("FFGYM_TRACEBACK", "1")
+    traceback, _, message = call(*command).stderr.partition("error: export 'names' (package acme-format 1.0) failed")
+    assert "config/toml.py" in traceback, "where ffgym, which the plugin called, did not know what to do"
+    assert message
