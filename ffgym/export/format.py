@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 from ffgym.data.hub import is_hub_id
 from ffgym.errors import FFGymError, OutputError, PluginError
+from ffgym.files import NOT_WRITABLE
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
@@ -27,7 +29,7 @@ class Exported:
 
     Attributes:
         path: the file or folder.
-        bytes: its size.
+        bytes: its size; of a folder, that of its weights at least.
         parameters: numbers in its tensors.
         architecture: the format's name for what it is.
         dtype: of its matrices.
@@ -44,6 +46,15 @@ class Exported:
     notes: tuple[str, ...] = ()
     run: str = ""
     needs: str = ""
+
+
+FIELDS: dict[str, tuple[Any, str]] = {
+    "path": (Path, "a Path"),
+    **dict.fromkeys(("bytes", "parameters"), (int, "a whole number from 0")),
+    **dict.fromkeys(("architecture", "dtype", "run", "needs"), (str, "text")),
+    "notes": ((tuple, list), "a tuple of sentences"),
+}
+"""What the fields of an `Exported` must be, and how a message says it."""
 
 
 class ExportFormat(Plugin, ABC):
@@ -95,14 +106,18 @@ def export(
         try:
             return plugin.write(source, place, overwrite=overwrite, progress=progress or (lambda done, total: None))
         except FileExistsError as error:
+            if overwrite or not place.exists():
+                raise
             raise OutputError(f"{place} exists already", hint="Add --overwrite, or name another place.") from error
         except OSError as error:
+            if not _concerns(error, source.resolve(), place.resolve()):
+                raise  # of another file that the plugin wants
             hint = "Check both paths, and that you may use them."
             raise OutputError(f"{source} could not be written as {place}: {error}", hint=hint) from error
 
     written = call_plugin(plugin, write, f"writing {place}")
-    if not isinstance(written, Exported):
-        raise PluginError(f"{manager.described(plugin)}: write returned {type(written).__name__}, not an Exported")
+    if wrong := _fault(written):
+        raise PluginError(f"{manager.described(plugin)}: write returned {wrong}")
     return written
 
 
@@ -127,3 +142,29 @@ def _not_to_be_lost(source: Path) -> Iterator[tuple[str, Path]]:
         dense = recorded_dense_model(source)
         if dense is not None and (path := absolute_name(dense.name)) is not None:
             yield "dense model", Path(path)
+
+
+def _concerns(error: OSError, source: Path, place: Path) -> bool:
+    """Whether the disk refused the model, the place to write to or a folder above it, or is full."""
+    named = [Path(os.path.realpath(name)) for name in (error.filename, error.filename2) if isinstance(name, str | Path)]
+    return error.errno in NOT_WRITABLE or any(
+        path.is_relative_to(source) or path.is_relative_to(place) or place.is_relative_to(path) for path in named
+    )
+
+
+def _fault(written: Any) -> str | None:
+    """What a plugin returned, if it is no `Exported`, or one that does not say what lies on the disk."""
+    if not isinstance(written, Exported):
+        return f"{type(written).__name__}, not an Exported"
+    for field, (kind, what) in FIELDS.items():
+        value = getattr(written, field)
+        is_one = isinstance(value, kind) and (kind is not int or value >= 0)
+        if not is_one or (field == "notes" and not all(isinstance(note, str) for note in value)):
+            return f"an Exported whose {field} is {value!r}, not {what}"
+    if not written.path.exists():
+        return f"an Exported of {written.path}, which is not there"
+    files = written.path.rglob("*") if written.path.is_dir() else [written.path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    if written.bytes > size or (written.bytes < size and written.path.is_file()):
+        return f"an Exported of {written.bytes} bytes, and {written.path} has {size}"
+    return None

@@ -313,6 +313,47 @@ def test_what_a_format_does_not_know_or_breaks_is_an_error(install: Install, mod
     assert call(str(model), *where, "--gguf", "x.gguf").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("ffgym.Exported(str(target), 5, 0, 'a', 'b')", "whose path is '"),
+        ("ffgym.Exported(target, '5 bytes', 0, 'a', 'b')", "whose bytes is '5 bytes', not a whole number from 0"),
+        ("ffgym.Exported(target, target.stat().st_size, -3, 'a', 'b')", "whose parameters is -3, not a whole number"),
+        ("ffgym.Exported(target, target.stat().st_size, 3, None, 'b')", "whose architecture is None, not text"),
+        ("ffgym.Exported(target, 5, 0, 'a', 'b', notes='Differs.')", "whose notes is 'Differs.', not a tuple"),
+        ("ffgym.Exported(target, 5, 0, 'a', 'b', notes=[1])", "whose notes is [1], not a tuple of sentences"),
+        ("ffgym.Exported(target, 1, 0, 'a', 'b')", "of 1 bytes, and names.txt has "),
+        ("ffgym.Exported(target.parent / 'model', 10**9, 0, 'a', 'b')", "of 1000000000 bytes, and model has "),
+        ("(target.unlink(), ffgym.Exported(target, 5, 0, 'a', 'b'))[1]", "of names.txt, which is not there"),
+    ],
+)
+def test_what_a_format_says_it_has_written_is_looked_at(
+    install: Install, model: Path, tmp_path: Path, answer: str, said: str
+) -> None:
+    install("acme-format", FORMAT.format(answer=answer))
+    with pytest.raises(PluginError) as caught:
+        export(model, tmp_path / "names.txt", name="names")
+    message = caught.value.message.replace(f"{tmp_path}/", "")
+    assert message.startswith("export 'names' (package acme-format 1.0): write returned an Exported ")
+    assert said in message
+
+
+def test_a_file_that_a_format_wants_for_itself_is_not_the_users_mistake(
+    install: Install, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for name, wanted, place, said in (
+        ("words", "open('/no/words.json')", "new", r"failed while .*FileNotFoundError.*acme_words\.py, line 13"),
+        ("scratch", "folder.mkdir()", "file", r"failed while .*FileExistsError.*acme_scratch\.py, line 13"),
+        ("shards", "open(folder / 'shard.bin')", "new", "could not be written as .*shard.bin"),
+        ("below", "target.touch()", "file/new", "could not be written as .*Not a directory"),
+    ):
+        source = FORMAT.replace("progress(1, 1)", wanted).replace('"names"', f'"{name}"').format(answer="None")
+        install(f"acme-{name}", source)
+        with pytest.raises(PluginError, match=said):
+            export(model, tmp_path / place, name=name, overwrite=True)
+
+
 def test_a_failure_shows_its_whole_traceback_on_demand(
     install: Install, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
