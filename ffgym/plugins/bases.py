@@ -28,12 +28,12 @@ SLOPE_PASSES = 3
 
 
 class PluginConfig(BaseModel):
-    """Base of every plugin's ``Config``: unknown keys are errors, values are frozen.
+    """Base of every plugin's ``Config``: unknown keys are errors, defaults are checked too, values are frozen.
 
     For an option whose default is ``None``, an empty string means ``None``, since TOML has no null.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @field_validator("*", mode="before")
     @classmethod

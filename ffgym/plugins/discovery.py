@@ -20,6 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
 import pluggy
+from pydantic import ValidationError
 
 from ffgym.config.tables import table_model
 from ffgym.errors import PluginError, first_line
@@ -290,10 +291,26 @@ def check_class(kind: PluginKind, cls: Any) -> None:
         raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
     if kind in WITHOUT_OPTIONS and cls.Config.model_fields:
         raise PluginError(f"{kind} {name!r}: its Config has options, and no {kind} can be given any")
+    if wrong := _wrong_default(cls.Config):
+        raise PluginError(f"{kind} {name!r}: its Config's default of {wrong}")
     if not (isinstance(cls.edition, int) and cls.edition >= 1):
         raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
     _check_methods(f"{kind} {name!r}", cls, base)
     check_attributes(kind, name, cls)
+
+
+def _wrong_default(config: type[PluginConfig]) -> str | None:
+    """``"power is 'two': should be a valid number"``; an option may have no default, and so no wrong one."""
+    try:
+        config()
+    except ValidationError as error:
+        for item in error.errors():
+            if item["loc"] and item["type"] != "missing":
+                said = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+                return f"{item['loc'][0]} is {item['input']!r}: {said}"
+    except Exception:  # the plugin's own check fails, which is said once it is chosen
+        return None
+    return None
 
 
 def _check_methods(who: str, cls: type[Plugin], base: type[Plugin]) -> None:

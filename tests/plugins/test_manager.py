@@ -132,6 +132,12 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
             "criterion 'a': its Config has an option 'name'",
         ),
         (
+            offering("Criterion", "'score': 1, 'name': 'a', 'Config': Config").replace(
+                "\n", "\nclass Config(ffgym.PluginConfig): floor: float; power: float = 'two'\n", 1
+            ),
+            "criterion 'a': its Config's default of power is 'two': should be a valid number",
+        ),
+        (
             offering("Metric", "'scores': 1, 'name': 'a', 'Config': Config").replace(
                 "\n", "\nclass Config(ffgym.PluginConfig): price: float = 2.0\n", 1
             ),
