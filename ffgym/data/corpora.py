@@ -130,13 +130,22 @@ def _found(spec: str) -> Callable[[Role], Corpus]:
 def _from_source(spec: str, name: str, part: str, role: Role) -> Corpus:
     source: CorpusSource = manager.create("corpus", name)
 
+    def is_many(documents: Any) -> bool:
+        return isinstance(documents, Iterable) and not isinstance(documents, str | bytes)
+
     def read() -> Corpus:
         answer: Any = source.read(part or None, role)
         match answer:
-            case (str() as split, documents) if isinstance(documents, Iterable) and not isinstance(documents, str):
+            case (str() as split, documents) if is_many(documents):
                 return _corpus(spec, split, _texts_of(source, documents))
+            case tuple((str(), documents)):
+                wrong = f"documents of type {type(documents).__name__}, not a list or a generator of them"
+            case tuple((description, _)):
+                wrong = f"a description of type {type(description).__name__}, not a str"
+            case _:
+                wrong = f"{type(answer).__name__}, not what was read and its documents"
         raise PluginError(
-            f"{manager.described(source)}: read returned {type(answer).__name__}, not what was read and its documents",
+            f"{manager.described(source)}: read returned {wrong}",
             hint='Return a pair: a text such as "train", and a list or generator of documents, each a str.',
         )
 
@@ -145,9 +154,9 @@ def _from_source(spec: str, name: str, part: str, role: Role) -> Corpus:
 
 def _texts_of(source: CorpusSource, documents: Iterable[Any]) -> Iterator[str]:
     """The documents, held to be text."""
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
         if not isinstance(document, str):
-            raise PluginError(f"{manager.described(source)}: a document is {type(document).__name__}, not a str")
+            raise PluginError(f"{manager.described(source)}: document {number} is {type(document).__name__}, not a str")
         yield document
 
 

@@ -198,6 +198,31 @@ def test_a_quotation_is_no_copy(corpora, tmp_path):
     assert len(splits_of(asked, PLAIN, context_limit=64).report.windows) == 15
 
 
+NUMBERS = """
+import ffgym
+
+class Numbers(ffgym.CorpusSource):
+    name = "numbers"
+
+    def read(self, part, role):
+        first = 150 if part == "late" else 0
+        return "all", [" ".join(f"w{number}" for number in range(first, 2000))]
+
+@ffgym.hookimpl
+def ffgym_corpora():
+    return [Numbers]
+"""
+
+
+def test_a_plugin_that_gives_one_text_by_many_names_leaks_nothing_into_the_report(install):
+    install("acme-numbers", NUMBERS)
+    sizes = {"window": 60, "calibration_tokens": 60, "search_tokens": 300, "report_tokens": 300}
+    made = splits_of(config("numbers:a", "numbers:a", "numbers:b", **sizes), PLAIN, context_limit=64)
+    assert made.search.windows.max() < made.report.windows.min()
+    with pytest.raises(DataError, match=r"'numbers:a' of data\.search and corpus 'numbers:late' of data\.report"):
+        splits_of(config("numbers:a", "numbers:a", "numbers:late", **sizes), PLAIN, context_limit=64)
+
+
 def test_bos_before_the_first_window_alone(corpora):
     asked = config(corpora["a"], corpora["a"], corpora["b"], bos="first")
     made = splits_of(asked, word_tokenizer(bos=True), context_limit=64)

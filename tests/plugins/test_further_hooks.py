@@ -187,9 +187,12 @@ def test_a_broken_corpus_is_named(install: Install) -> None:
     ("answer", "complaint"),
     [
         ("['Haste.', 'Less.']", "read returned list, not what was read and its documents"),
-        ("'all', 'One long text.'", "read returned tuple, not what was read and its documents"),
+        ("'all', 'One long text.'", "read returned documents of type str, not a list or a generator of them"),
+        ("'all', b'One long text.'", "read returned documents of type bytes, not a list"),
+        ("5, ['Haste.']", "read returned a description of type int, not a str"),
+        ("'all', ['Haste.'], 3", "read returned tuple, not what was read and its documents"),
         ("None", "read returned NoneType"),
-        ("'all', [b'Haste.']", "a document is bytes, not a str"),
+        ("'all', ['Haste.', b'Less.']", "document 2 is bytes, not a str"),
     ],
 )
 def test_a_corpus_that_returns_something_else_is_named(install: Install, answer: str, complaint: str) -> None:
