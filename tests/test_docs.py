@@ -293,6 +293,14 @@ TestTutorialMeasurement = held_to_its_contract(ResourceConformance, "resource", 
 TestReadmeCriterion = held_to_its_contract(CriterionConformance, "criterion", "README.md")
 
 
+@pytest.mark.parametrize("kind", ["calibration", "corpus", "metric", "export", "recovery"])
+def test_plugin_conformance_is_for_every_kind(kind: str) -> None:
+    suite = held_to_its_contract(PluginConformance, kind)()
+    suite.test_is_accepted()
+    suite.test_config_refuses_unknown_keys()
+    suite.test_takes_its_config()
+
+
 class TestTutorialFamily(FamilyConformance):
     """A reader's package, which is the tutorial's first example, keeps the promises that its second one names."""
 

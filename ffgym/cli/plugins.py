@@ -97,14 +97,19 @@ def plugins(
     heads = ("plugin", "package", "kind", "provides")
     look = {"overflow": "fold"}
     columns = [Column(head, itemgetter(i), left=True, once=i < 2, look=look) for i, head in enumerate(heads)]
-    notes = [f"{record.name} FAILED: {record.failure}" for record in records if record.failure is not None]
+    notes = [f"{record.name} {_state(record)}: {record.failure}" for record in records if record.failure is not None]
     if any(record.failure is not None and not record.provides for record in records):
         notes.append("`ffgym plugins --traceback NAME` shows where.")
     Console().print(Table(columns, rows, notes))
 
 
 def _rows(record: PluginRecord) -> list[tuple[str, str, str, str]]:
-    """What a record provides, a row for each kind."""
+    """What a record provides, a row for each kind, and one that says so where not all of it can be used."""
     package = f"{record.package} {record.version}".strip()
     rows = [(record.name, package, kind, ", ".join(names)) for kind, names in record.provides.items()]
-    return rows or [(record.name, package, "FAILED", "")]
+    return rows if record.failure is None else [*rows, (record.name, package, _state(record), "")]
+
+
+def _state(record: PluginRecord) -> str:
+    """What a failure means: that nothing was loaded, or that something else has the name of what was."""
+    return "NAME TAKEN" if record.provides else "FAILED"

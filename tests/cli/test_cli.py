@@ -394,7 +394,9 @@ def test_a_plugin_whose_name_is_taken_did_not_fail_anywhere(install: Callable[..
         "        return weight\n@ffgym.hookimpl\ndef ffgym_criteria():\n    return [Wanda]\n",
     )
     text = call("plugins").stdout
-    assert "criterion 'wanda' is a built-in, which is used" in " ".join(text.split())
+    table, _, note = " ".join(text.split()).rpartition("acme-wanda-entry NAME TAKEN: ")
+    assert "acme-wanda-entry acme-wanda 1.0 criterion wanda NAME TAKEN" in table
+    assert "criterion 'wanda' is a built-in, which is used" in note
     assert "--traceback" not in text
     listed = call("ls", "criteria").stderr
     assert "not used, because another plugin has the same name: acme-wanda-entry" in listed
