@@ -161,10 +161,11 @@ def _fault(written: Any) -> str | None:
         is_one = isinstance(value, kind) and (kind is not int or value >= 0)
         if not is_one or (field == "notes" and not all(isinstance(note, str) for note in value)):
             return f"an Exported whose {field} is {value!r}, not {what}"
-    if not written.path.exists():
-        return f"an Exported of {written.path}, which is not there"
-    files = written.path.rglob("*") if written.path.is_dir() else [written.path]
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    if written.bytes > size or (written.bytes < size and written.path.is_file()):
-        return f"an Exported of {written.bytes} bytes, and {written.path} has {size}"
+    path = written.path
+    if not path.exists():
+        return f"an Exported of {path}, which is not there"
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]  # none of a device
+    size = sum(file.stat().st_size for file in files)
+    if files and not (size if path.is_file() else 0) <= written.bytes <= size:
+        return f"an Exported of {written.bytes} bytes, and {path} has {size}"
     return None
