@@ -31,7 +31,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from ffgym.errors import WorkerError, first_line
+from ffgym.errors import FFGymError, WorkerError, first_line
 from ffgym.evaluation.evaluator import Evaluator, Request
 from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
