@@ -164,8 +164,8 @@ class TestGeneration:
         with torch.no_grad():
             whole = model(IDS).logits
             cache = DynamicCache(config=model.config)
-            steps = [model(IDS[:, :4], cache=cache).logits]
-            steps += [model(IDS[:, i : i + 1], cache=cache).logits for i in range(4, IDS.shape[1])]
+            steps = [model(IDS[:, :4], past_key_values=cache).logits]
+            steps += [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(4, IDS.shape[1])]
         assert cache.get_seq_length() == IDS.shape[1]
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
@@ -188,7 +188,7 @@ class TestGeneration:
         assert model.generate(IDS, num_beams=3, **options).shape[0] == 2
         cache = StaticCache(config=model.config, max_cache_len=16)
         with torch.no_grad():
-            model(IDS, cache=cache)
+            model(IDS, past_key_values=cache)
         assert all(layer.is_initialized for layer in cache.layers)
 
     @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ class TestGeneration:
         with torch.no_grad():
             whole = model(IDS).logits
             cache = DynamicCache(config=model.config)
-            steps = [model(IDS[:, i : i + 1], cache=cache).logits for i in range(IDS.shape[1])]
+            steps = [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(IDS.shape[1])]
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
     def test_attention_implementations_can_be_chosen(self, saved):
