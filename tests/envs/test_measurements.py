@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import made_up_tasks
@@ -287,7 +287,7 @@ class TestReplay:
             rng = np.random.default_rng(0)
             while vector.tokens_left:
                 vector.step(rng.uniform(-1, 1, (2, 6)).astype(np.float32))
-            return [replace(e, action=None) for e in vector.history], vector.history
+            return [asdict(replace(e, action=None)) for e in vector.history], vector.history
 
         whole, history = played()
         assert played(replay=history[:3])[0] == whole
