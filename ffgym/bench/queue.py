@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
-from ffgym.models.origin import absolute_name
 from ffgym.plugins import manager
 from ffgym.prepare.parts import make_reward
-from ffgym.prepare.workers import text_places
+from ffgym.prepare.workers import local_places
 from ffgym.report.progress import Reporter, clock
 from ffgym.search.finals import finals_size
 from ffgym.types import JSONDict
@@ -103,8 +102,7 @@ class CellQueue:
             left = f", {clock(seconds)} left in all"
         number = self._count - len(self._waiting)
         self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
-        model, heuristics = absolute_name(cell.config.model.name), self._heuristics.get(cell.preparation, ())
-        places = (*([] if model is None else [model]), *text_places(cell.config.data))
+        heuristics, places = self._heuristics.get(cell.preparation, ()), local_places(cell.config)
         return Job(cell, heuristics, self._parents[each.file], each.spec.title, places)
 
     def done(self, worker: int, answer: None = None) -> None:

@@ -144,7 +144,9 @@ def final_refits(
     name, refitted = found_name(config), refit_name(config)
     with cut_to(task, kept, "ridge", reporter):
         ridge = measured_row(task, f"{name} + {refitted}", reporter, refit=refitted, is_found=True)
-        ridge = replace(ridge, same_as=_same_as(task, kept, refitted), note=_ahead(task, [*rows, ridge], kept))
+        heuristics = heuristic_allocations(task)
+        note = _ahead(task, [*rows, ridge], heuristics, kept)
+        ridge = replace(ridge, same_as=_same_as(heuristics, kept, refitted), note=note)
         if not config.output.sequential:
             return _saved(task, found, [*rows, replace(ridge, is_saved=True)], model)
         ridge_loss = _loss_in_finals(task, refitted, reporter)
@@ -166,13 +168,13 @@ def _loss_in_finals(task: Task, refit: str, reporter: Reporter) -> float:
     return _measured(task, windows, f"{CHOOSING}: {refit}", reporter).loss
 
 
-def _same_as(task: Task, kept: Sequence[int], refitted: str) -> str:
+def _same_as(heuristics: Mapping[str, Allocation], kept: Sequence[int], refitted: str) -> str:
     """Label of the heuristic's row that keeps these units; empty where none does."""
-    labels = (label for label, allocation in heuristic_allocations(task).items() if allocation.kept == tuple(kept))
+    labels = (label for label, allocation in heuristics.items() if allocation.kept == tuple(kept))
     return next((f"{label} + {refitted}" for label in labels), "")
 
 
-def _ahead(task: Task, rows: Sequence[Row], kept: Sequence[int]) -> str:
+def _ahead(task: Task, rows: Sequence[Row], heuristics: Mapping[str, Allocation], kept: Sequence[int]) -> str:
     """Say which heuristic earns more than the result, the last row; empty where none does or it cannot be known.
 
     A perplexity does not show it where a reward weighs other aims, too. As in the finals, the rewards of single windows
@@ -196,8 +198,7 @@ def _ahead(task: Task, rows: Sequence[Row], kept: Sequence[int]) -> str:
 
     ours, measured = earned(found, kept), {row.label: row for row in rows}
     rivals = {
-        label: earned(measured[f"{label} + {found.refit}"], allocation.kept)
-        for label, allocation in heuristic_allocations(task).items()
+        label: earned(measured[f"{label} + {found.refit}"], allocation.kept) for label, allocation in heuristics.items()
     }
     label, theirs = max(rivals.items(), key=lambda rival: np.mean(rival[1]))
     lead = paired_difference([theirs], [ours])

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from ffgym.config.mixture import shares
-from ffgym.config.tables import DataTable, RunConfig, WorkersTable
+from ffgym.config.tables import RunConfig, WorkersTable
 from ffgym.data.corpora import source_of
 from ffgym.data.examples import EncodedExample
 from ffgym.data.splits import ROLES, Splits
@@ -83,11 +83,12 @@ class EvaluatorMaker:
         return evaluator_of(self.config, prepared, self.windows, self.examples)
 
 
-def text_places(data: DataTable) -> list[str]:
-    """The files and folders on this machine that a table ``[data]`` names, their full paths."""
-    names = dict.fromkeys(name for role in ROLES for name in shares(getattr(data, role)))
-    paths = [Path(name).expanduser() for name in names if source_of(name) is None]
-    return [str(path.absolute()) for path in paths if path.exists()]
+def local_places(config: RunConfig) -> tuple[str, ...]:
+    """Full paths of the model and the texts that a run reads from files and folders of this machine, if they exist."""
+    texts = dict.fromkeys(name for role in ROLES for name in shares(getattr(config.data, role)))
+    names = (absolute_name(config.model.name), *(name for name in texts if source_of(name) is None))
+    paths = (Path(name).expanduser() for name in names if name is not None)
+    return tuple(str(path.absolute()) for path in paths if path.exists())
 
 
 def check_seen(place: str) -> None:

@@ -37,7 +37,7 @@ from ffgym.bench.page import bench_page
 from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
-from ffgym.errors import ConfigError, OutputError, WorkerError
+from ffgym.errors import ConfigError, ModelError, OutputError, WorkerError
 from ffgym.pipeline import task
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
@@ -475,6 +475,12 @@ def test_what_a_workers_machine_lacks_is_not_looked_up_on_the_hub(
     Path(moved).rename("org/moved")  # as if this were another machine
     with pytest.raises(WorkerError, match=f"a worker on .* does not see {tmp_path / moved}"):
         cell_module.CellRunner(reporter)(job)
+
+
+def test_a_model_that_is_nowhere_is_said_to_be_missing_and_no_worker_is_blamed(tmp_path: Path) -> None:
+    gone = {"model": {"name": f"{tmp_path / 'gone'}"}}
+    with pytest.raises(ModelError, match="gone' does not exist"):
+        call(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables=gone))
 
 
 def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:
