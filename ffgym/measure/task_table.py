@@ -10,13 +10,19 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ffgym.measure.task_definitions import TaskSet
 from ffgym.measure.tasks import Figure, ModelScores, paper_means
 from ffgym.report.layout import Column, Table, strict
+from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
+if TYPE_CHECKING:
+    from ffgym.measure.texts import TextLosses
+
 MEAN_LABEL = "mean of the paper's seven"
+DIFFERENCE = "difference"
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class TaskTable:
             *(
                 Column(
                     model.name,
-                    partial(_figure, index),
+                    partial(_at, index),
                     console_head=Text(model.name, overflow="fold"),
                 )
                 for index, model in enumerate(self.models)
@@ -66,7 +72,7 @@ class Line:
     metric: str
     split: str
     examples: str
-    figures: tuple[Figure | None, ...]
+    cells: tuple[str, ...]
 
 
 def _lines(table: TaskTable) -> list[Line]:
@@ -79,17 +85,39 @@ def _lines(table: TaskTable) -> list[Line]:
         if known is None:
             continue
         for metric in known.metrics:
-            figures = tuple(result.metric(metric.name) if result is not None else None for result in results)
-            lines.append(Line(task.name, metric.name, known.split, f"{known.examples:,}", figures))
+            cells = tuple(_cell(None if result is None else result.metric(metric.name)) for result in results)
+            lines.append(Line(task.name, metric.name, known.split, f"{known.examples:,}", cells))
+        if known.text is not None and len(results) > 1:
+            differences = tuple("-" if each is None else str(each) for each in _differences(table, task.name))
+            lines.append(Line(task.name, DIFFERENCE, known.split, f"{known.examples:,}", differences))
     means = [{mean.name: mean for mean in paper_means(model.results)} for model in table.models]
     labels = dict.fromkeys(label for mean in means for label in mean)
-    lines.extend(Line(MEAN_LABEL, label, "", "", tuple(mean.get(label) for mean in means)) for label in labels)
+    lines.extend(Line(MEAN_LABEL, label, "", "", tuple(_cell(mean.get(label)) for mean in means)) for label in labels)
     return lines
 
 
-def _figure(model: int, line: Line) -> str:
+def _differences(table: TaskTable, text: str) -> list[Difference | None]:
+    """Each model's from the first one on the same windows of a text; ``None`` where there is none."""
+    losses = _losses(table, text)
+    first = losses[0]
+    return [
+        paired_difference([each.losses], [first.losses])
+        if each is not None and first is not None and each is not first and each.digest == first.digest
+        else None
+        for each in losses
+    ]
+
+
+def _losses(table: TaskTable, text: str) -> list[TextLosses | None]:
+    return [next((each.text for each in model.results if each.task == text), None) for model in table.models]
+
+
+def _at(model: int, line: Line) -> str:
+    return line.cells[model]
+
+
+def _cell(metric: Figure | None) -> str:
     """Four decimals, as lm-eval prints them, and the standard error where there is one."""
-    metric = line.figures[model]
     if metric is None:
         return "-"
     if not math.isfinite(metric.value):
@@ -105,7 +133,16 @@ def _notes(table: TaskTable) -> list[str]:
             f"Zero-shot, lm-eval {table.tasks.harness} with its own task definitions. {notes[0]}",
             f"Data: {table.tasks.origin}.",
         ]
-    if table.limit is not None:
+    texts = [result.text for model in table.models for result in model.results if result.text is not None]
+    if texts:
+        windows = " or ".join(f"{window:,}" for window in sorted({text.window for text in texts}))
+        notes.append(f"The examples of a text are windows of {windows} tokens.")
+    if texts and len(table.models) > 1:
+        notes.append(
+            f"{DIFFERENCE}: from {table.models[0].name} on the same windows, nats per token, ± half of the 95 %"
+            " interval; below 0 is better."
+        )
+    if table.limit is not None and len(texts) < sum(len(model.results) for model in table.models):
         notes.append(f"Only the first {table.limit:,} examples of each task: for a quick look, not for comparison.")
     if not table.complete:
         notes.append("Interrupted: some figures are missing.")
@@ -123,6 +160,8 @@ def _notes(table: TaskTable) -> list[str]:
                     f"{model.name}, {result.task}: {result.not_finite:,} log-likelihoods are not finite; the model is"
                     " broken, and the figures mean nothing."
                 )
+            if result.text is not None and len({text.digest for text in _losses(table, result.task) if text}) > 1:
+                notes.append(f"{result.task}: tokenizers differ, and so perplexities of a token do not compare.")
             if result.truncated:
                 notes.append(
                     f"{model.name}, {result.task}: {result.truncated:,} requests were longer than the model's context"
@@ -140,13 +179,14 @@ def as_dict(table: TaskTable) -> JSONDict:
         "data_origin": table.tasks.origin,
         "limit": table.limit,
         "complete": table.complete,
-        "models": [_model_dict(model, table.tasks) for model in table.models],
+        "models": [_model_dict(table, index) for index in range(len(table.models))],
     }
     return strict(data)
 
 
-def _model_dict(model: ModelScores, tasks: TaskSet) -> JSONDict:
-    own_splits = {task.name: task.own_split for task in tasks.tasks}
+def _model_dict(table: TaskTable, index: int) -> JSONDict:
+    own_splits = {task.name: task.own_split for task in table.tasks.tasks}
+    model = table.models[index]
     return {
         "name": model.name,
         "description": model.description,
@@ -164,6 +204,19 @@ def _model_dict(model: ModelScores, tasks: TaskSet) -> JSONDict:
                 "metrics": _figures(result.metrics),
             }
             for result in model.results
+            if result.text is None
+        },
+        "texts": {
+            result.task: {
+                "split": result.split,
+                "window": result.text.window,
+                "windows": result.text.digest,
+                "losses": result.text.losses,
+                "metrics": _figures(result.metrics),
+                **difference_data(_differences(table, result.task)[index]),
+            }
+            for result in model.results
+            if result.text is not None
         },
         "paper_means": _figures(paper_means(model.results)),
     }

@@ -16,12 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffgym.data.corpora import Corpus
 from ffgym.errors import ModelError, raising_if_out_of_memory
 from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
 from ffgym.report.paired import standard_error
+from ffgym.types import perplexity_of
 
 if TYPE_CHECKING:
+    from ffgym.measure.texts import TextLosses
     from ffgym.models.loading import LoadedModel
 
 Progress = Callable[[int, int], None]
@@ -64,6 +67,7 @@ class TaskResult:
         metrics: in lm-eval's order.
         truncated: requests that did not fit the model's context and lost their beginning.
         not_finite: requests whose log-likelihood is no number; the figures of such a model mean nothing.
+        text: what was lost on a text; ``None`` for a task.
     """
 
     task: str
@@ -74,6 +78,7 @@ class TaskResult:
     metrics: tuple[Figure, ...]
     truncated: int = 0
     not_finite: int = 0
+    text: TextLosses | None = None
 
     def metric(self, *names: str) -> Figure:
         """The first of these metrics that the task has."""
@@ -88,10 +93,10 @@ def evaluate_task(
     batch_size: int = BATCH_SIZE,
     on_progress: Progress = lambda done, total: None,
 ) -> TaskResult:
-    """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, or by a metric of ours.
+    """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, by a metric of ours, or on a text.
 
     Args:
-        limit: examples to measure, the first ones of the split; ``None`` for all.
+        limit: examples to measure, the first ones of the split, or windows of a text; ``None`` for all examples.
         on_progress: called with (requests done, requests in all).
 
     Raises:
@@ -99,6 +104,8 @@ def evaluate_task(
     """
     if isinstance(task.task, Metric):
         return _scored(model, task.task, limit, on_progress)
+    if isinstance(task.task, Corpus):
+        return _on_text(model, task.task, limit, on_progress)
     import lm_eval
 
     harness = _harness(model, batch_size, on_progress)
@@ -135,6 +142,20 @@ def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: 
     error = None if broken else standard_error(scores)
     figure = Figure("mean", sum(scores) / count, error, metric.higher_is_better)
     return TaskResult(metric.name, str(metric.edition), metric.text, count, count, (figure,), not_finite=broken)
+
+
+def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress: Progress) -> TaskResult:
+    """The perplexity on a text; its standard error is the loss's times the perplexity."""
+    from ffgym.measure.texts import text_losses
+    from ffgym.models.modes import own_modes
+
+    with own_modes():
+        found = text_losses(model.model, model.tokenizer, corpus, limit=limit, on_progress=on_progress)
+    count, broken = len(found.losses), sum(not math.isfinite(loss) for loss in found.losses)
+    perplexity = perplexity_of(sum(found.losses) / count)
+    error = None if broken else standard_error(found.losses)
+    figure = Figure("perplexity", perplexity, None if error is None else error * perplexity, False)
+    return TaskResult(corpus.name, "", corpus.split, count, count, (figure,), not_finite=broken, text=found)
 
 
 def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> tuple[Figure, ...]:

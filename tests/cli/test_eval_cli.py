@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import task_wheel
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.cli.measure import evaluate
 from ffgym.measure import task_definitions, tasks
+from ffgym.report.paired import paired_difference
+from ffgym.testing.models import tiny_model
 
 pytest.importorskip("lm_eval")
 
@@ -154,5 +160,72 @@ def test_usage_errors_exit_2(folder: Path, arguments: list[str]) -> None:
 
 def test_the_defaults_shown_are_those_of_the_library() -> None:
     defaults = inspect.signature(evaluate).parameters
-    assert tuple(defaults["tasks"].default.split(",")) == task_definitions.PAPER_TASKS
     assert defaults["batch_size"].default == task_definitions.BATCH_SIZE
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A little more than four windows of the tiny models' words."""
+    file = tmp_path_factory.mktemp("texts") / "mine.txt"
+    length = tiny_model("llama").config.max_position_embeddings
+    file.write_text(" ".join(np.random.default_rng(0).choice([f"w{i}" for i in range(40)], 4 * length + 5)))
+    return file
+
+
+def test_perplexity_on_a_text_is_that_of_plain_transformers(folder: Path, text: Path) -> None:
+    done = call(str(folder), "--text", str(text), "--json")
+    assert done.exit_code == 0, done.stderr
+    (model,) = json.loads(done.stdout)["models"]
+    assert model["tasks"] == {}
+    found = model["texts"][str(text)]
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text.read_text())["input_ids"])
+    losses = [plain(input_ids=each[None], labels=each[None]).loss.item() for each in ids[:-5].view(4, -1)]
+    assert found["window"] == (len(ids) - 5) // 4
+    assert found["losses"] == pytest.approx(losses, rel=1e-5)
+    assert found["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
+    error = np.std(losses, ddof=1) / 2 * math.exp(sum(losses) / 4)
+    assert found["metrics"]["perplexity"]["stderr"] == pytest.approx(error, rel=1e-3)
+    assert found["difference"] is None
+
+
+def test_models_are_compared_with_the_first_one_on_the_same_windows(folder: Path, text: Path, tmp_path: Path) -> None:
+    pruned = task_wheel.save_pruned_model(folder, tmp_path / "pruned")
+    done = call(str(folder), str(pruned), "--text", str(text), "--tasks", "piqa", "--limit", "3", "--json")
+    dense, other = (model["texts"][str(text)] for model in json.loads(done.stdout)["models"])
+    assert dense["windows"] == other["windows"]
+    assert len(dense["losses"]) == 3
+    difference = paired_difference([other["losses"]], [dense["losses"]])
+    assert (other["difference"], other["difference_margin"]) == (difference.mean, difference.margin)
+    shown = call(str(folder), str(pruned), "--text", str(text), "--limit", "3").stdout
+    assert str(difference) in shown
+    assert f"from {folder} on the same windows" in " ".join(shown.split())
+    assert "Only the first" not in shown
+
+
+def test_models_of_two_tokenizers_are_not_compared(folder: Path, text: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["w0"], vocabulary["w1"] = vocabulary["w1"], vocabulary["w0"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    done = call(str(folder), str(other), "--text", str(text))
+    assert any(line.split() == ["difference", "-", "-"] for line in done.stdout.splitlines())
+    assert "tokenizers differ" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--text", "nowhere.txt"], "'nowhere.txt'"),
+        (["--text", "demo:wikki"], "Did you mean 'demo:wiki'?"),
+        (["--text", "{short}"], "has 2 tokens of this model, less than one window"),
+        (["--text", "{short}", "--text", "{short}"], "is named twice"),
+    ],
+)
+def test_a_text_that_will_not_do(folder: Path, tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    (tmp_path / "short.txt").write_text("w1 w2")
+    refused(call(str(folder), *(each.format(short=tmp_path / "short.txt") for each in arguments)), complaint)
