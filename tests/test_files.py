@@ -242,7 +242,7 @@ def _digests(folder: Path) -> Path:
 
 
 def _outbox(folder: Path) -> Path:
-    box = Outbox(folder / "unsent.jsonl", "0" * 32)
+    box = Outbox(folder, "0" * 32)
     for step in range(2):
         box.add({"write": "metrics", "points": [["loss", 2.5, step, 0]]})
     return box.path

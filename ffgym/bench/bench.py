@@ -180,7 +180,7 @@ def _open_runs(
             tracking.experiment,
             each.spec.title,
             tracking.enabled,
-            unsent=note.with_suffix(".unsent.jsonl"),
+            unsent=note.parent,
             resume=earlier,
             command="ffgym bench",
             again=f"ffgym bench {shlex.quote(str(each.file))}",

@@ -144,7 +144,7 @@ class CellRunner:
             config.tracking.experiment,
             f"{job.title}: {cell.label}, seed {cell.seed}",
             config.tracking.enabled,
-            unsent=log.with_suffix(".unsent.jsonl"),
+            unsent=folder,
             parent=job.parent,
             resume=MLFLOW_NOTE.text(note) if note.exists() else None,
             command="ffgym bench",
@@ -154,7 +154,7 @@ class CellRunner:
             if tracker.run_id is not None:
                 write_text(note, tracker.run_id)
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
-            tracker.set_tags(run_tags(task, agent))
+            tracker.set_tags(run_tags(task))
             log_splits(tracker, task.splits)
             label = f"{cell.label}, seed {cell.seed}"
             (found,) = tracked_search(

@@ -150,7 +150,7 @@ def print_config(config: RunConfig) -> None:
 def check_env(config: RunConfig) -> None:
     """Run Gymnasium's and Stable-Baselines3's environment checkers on the pruning environment."""
     from ffgym.envs.check import complaints
-    from ffgym.prepare.make_env import make_pruning_env, shrunk
+    from ffgym.pipeline.make_env import make_pruning_env, shrunk
 
     with contextlib.closing(make_pruning_env(shrunk(config))) as env:
         found = complaints(env)

@@ -16,6 +16,6 @@ ENV_ID = "ffgym/Pruning-v0"
 if ENV_ID not in registry:
     register(
         id=ENV_ID,
-        entry_point="ffgym.prepare.make_env:make_pruning_env",
-        vector_entry_point="ffgym.prepare.make_env:make_pruning_vector_env",
+        entry_point="ffgym.pipeline.make_env:make_pruning_env",
+        vector_entry_point="ffgym.pipeline.make_env:make_pruning_vector_env",
     )

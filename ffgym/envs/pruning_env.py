@@ -114,9 +114,9 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             measured on ``reward.examples`` of them.
         prices: budgets by resource, for a reward that needs ``cost``; only their prices are used.
         executor: has allocations measured; this process measures them where left out.
-        on_close: called by ``close``.
 
     Attributes:
+        on_close: called by ``close``, if any.
         one_thread: held by ``reset`` and ``step``; while one thread is in either, another one is refused.
 
     Raises:
@@ -142,7 +142,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         examples: Sequence[EncodedExample] = (),
         prices: Mapping[str, Budget] | None = None,
         executor: Evaluator | None = None,
-        on_close: Callable[[], None] | None = None,
     ) -> None:
         budget.check(sparsity)
         if episode_windows < 1 or reserved < 0:
@@ -182,7 +181,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
         )
         self.one_thread = OneThread()
-        self._on_close = on_close
+        self.on_close: Callable[[], None] | None = None
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
@@ -326,9 +325,8 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def close(self) -> None:
         """End the workers, where there are some."""
-        on_close, self._on_close = self._on_close, None
-        if on_close is not None:
-            on_close()
+        if self.on_close is not None:
+            self.on_close()
 
     @default_style()
     def picture(self, allocation: Allocation, reward: float | None = None) -> np.ndarray:

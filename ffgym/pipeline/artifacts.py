@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
+from ffgym.costs.resource import resource_class
 from ffgym.data.corpora import source_of
 from ffgym.data.splits import ROLES, Splits
 from ffgym.errors import OutputError
@@ -22,6 +22,7 @@ from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_objectives, check_state
+from ffgym.prepare.configured import used_plugins
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_names
@@ -227,24 +228,11 @@ def log_splits(tracker: Tracker, splits: Splits) -> None:
         )
 
 
-def run_tags(task: Task, agent: Agent) -> dict[str, str]:
+def run_tags(task: Task) -> dict[str, str]:
     """MLflow tags: versions, device, dtype, threads, and which package each plugin is from."""
-    config, calibration = task.config, task.config.prune.calibration
-    used: dict[str, Any] = {
-        f"agent.{config.agent.name}": agent,
-        f"calibration.{calibration}": manager.get_class("calibration", calibration),
-        f"criterion.{config.criterion.name}": manager.get_class("criterion", config.criterion.name),
-        f"reward.{config.reward.name}": task.env.reward,
-    }
-    for resource in (config.prune.resource, *task.env.prices):
-        used[f"resource.{resource}"] = manager.get_class("resource", resource)
-    if config.prior.name != "none":
-        used[f"heuristic.{config.prior.name}"] = manager.get_class("heuristic", config.prior.name)
-    if config.recover.method != "none":
-        used[f"recovery.{config.recover.method}"] = manager.get_class("recovery", config.recover.method)
-    specs = {spec for role in ROLES for spec in shares(getattr(config.data, role))}
-    for source in filter(None, map(source_of, specs)):
-        used[f"corpus.{source}"] = manager.get_class("corpus", source)
-    plugins = {name: str(manager.package_of(plugin)) for name, plugin in used.items()}
+    used = [*used_plugins(task.config).values(), *(("resource", resource_class(name)) for name in task.env.prices)]
+    specs = {spec for role in ROLES for spec in shares(getattr(task.config.data, role))}
+    used += [("corpus", manager.get_class("corpus", source)) for source in filter(None, map(source_of, specs))]
+    plugins = {f"{kind}.{cls.name}": str(manager.package_of(cls)) for kind, cls in used}
     loaded, threads = task.loaded, torch.get_num_threads()
     return environment_tags(device=str(loaded.device), dtype=loaded.dtype_name, threads=threads, plugins=plugins)

@@ -28,18 +28,19 @@ from ffgym.types import JSONDict
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
-    {"config.toml", "run.json", "unsent.jsonl", "unsent.lock", "episodes.jsonl", "episodes-random.jsonl"}
+    {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl"}
     | {"allocation.json", "policy.json", "pareto.json", "pareto.png"}
     | {"report.md", "report.json", "losses.json", "report.html"}
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
     | {"front.json", "front.md", "front.png", "model"}
 )
+UNSENT = r"[0-9a-f]{32}\.unsent\.(jsonl|lock)"  # records that an MLflow server has not taken yet
 # For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered; 0.996 is called 1.00. What
 # ffgym recover writes.
 WRITTEN_PER_POINT = re.compile(
-    r"allocation-[01]\.\d+\.json|model-[01]\.\d+|model(-[01]\.\d+)?-recovered(\.unfinished|\.unsent\.(jsonl|lock))?"
+    r"allocation-[01]\.\d+\.json|model-[01]\.\d+|model(-[01]\.\d+)?-recovered(\.unfinished)?"
     r"|\.model(-[01]\.\d+)?-recovered\.lock"
-    r"|[0-9a-f]{8}\.(model\S*\.)?unsent\.(jsonl|lock)"  # of an MLflow run that found another's records there
+    rf"|{UNSENT}"
 )
 # Files that were being written, or replaced, when a run was killed.
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")
@@ -49,8 +50,7 @@ MEASURE_AGAIN = (
 )
 RESULT = FileFormat("result of a run", JSONDict, OutputError, MEASURE_AGAIN)
 LOCK = ".lock"  # held by the run that writes into the folder
-UNSENT = "unsent.jsonl"  # records that an MLflow server has not taken yet
-WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", UNSENT, LOCK})
+WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", LOCK})
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -321,7 +321,7 @@ def removing_if_nothing_found(folder: Path, *, made: bool = True) -> Iterator[No
         if folder.is_dir():  # nobody has deleted it meanwhile
             # A log that was opened and holds no episode is empty.
             found = {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size}
-            if found <= WITHOUT_FINDINGS | _measurements():
+            if all(re.fullmatch(UNSENT, name) for name in found - WITHOUT_FINDINGS - _measurements()):
                 for path in contents(folder):
                     path.unlink()
                 if made:

@@ -49,7 +49,7 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
     if config.prune.uniform and agent.searches:
         _say_how_many_shapes(task, session)
     give_prior(agent, task)
-    tracker.set_tags(run_tags(task, agent))
+    tracker.set_tags(run_tags(task))
     log_splits(tracker, task.splits)
     for resource, measurement in task.measurements.items():
         write_text(folder / f"{resource}.json", measurement.text)

@@ -14,7 +14,6 @@ from ffgym.files import disk_errors, write_text
 from ffgym.models.origin import absolute_name
 from ffgym.pipeline.artifacts import REPEAT
 from ffgym.pipeline.folder import (
-    UNSENT,
     RunRecord,
     claim_folder,
     clear_folder,
@@ -89,7 +88,7 @@ class Session:
                 table.experiment,
                 folder.name,
                 table.enabled,
-                unsent=folder / UNSENT,
+                unsent=folder,
                 resume=earlier.mlflow_run,
                 command="ffgym run",
                 again=resume_command(folder),

@@ -36,7 +36,7 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
     for key in only:
         _refuse_options_of_none(config, key)
     tables = {}
-    for key, (kind, cls) in _used(config, only).items():
+    for key, (kind, cls) in used_plugins(config, only).items():
         table = getattr(config, key, None)
         if not isinstance(table, PluginTable):
             continue
@@ -60,12 +60,12 @@ def _refuse_options_of_none(config: RunConfig, key: str) -> None:
 
 def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str, dict[str, str]]:
     """What the options of a configuration's plugins mean, by table and option, for these tables."""
-    return {key: cls.Config.meanings() for key, (_, cls) in _used(config, only).items()}
+    return {key: cls.Config.meanings() for key, (_, cls) in used_plugins(config, only).items()}
 
 
 def editions(config: RunConfig) -> dict[str, int]:
     """The editions of the plugins that a configuration names, by table or key; first editions are left out."""
-    used = {key: cls for key, (_, cls) in _used(config, ALL_TABLES).items()}
+    used = {key: cls for key, (_, cls) in used_plugins(config).items()}
     reward = create("reward", config.reward.name, config.reward.options)
     weighed = reward.resources if "cost" in reward.needs else ()
     used |= {f"reward.{resource}": get_class("resource", resource) for resource in weighed}
@@ -85,7 +85,7 @@ def outgrown(stored: Mapping[str, int], config: RunConfig) -> list[str]:
 
 def namesakes(config: RunConfig) -> list[str]:
     """Which built-ins a configuration names whose name an entry point has too, one line each; no plugin is imported."""
-    built_in = {cls.name: kind for kind, cls in _used(config, ALL_TABLES).values() if cls.name in BUILTINS[kind]}
+    built_in = {cls.name: kind for kind, cls in used_plugins(config).values() if cls.name in BUILTINS[kind]}
     return [
         f"{built_in[entry.name]} {entry.name!r} is ffgym's own; the plugin {entry.name!r} of {package_behind(entry)} is"
         " not used for it"
@@ -94,7 +94,7 @@ def namesakes(config: RunConfig) -> list[str]:
     ]
 
 
-def _used(config: RunConfig, only: Collection[str]) -> dict[str, tuple[PluginKind, type[Plugin]]]:
+def used_plugins(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str, tuple[PluginKind, type[Plugin]]]:
     """Kind and class of the plugins that these tables and their keys name, where they name one."""
     used: dict[str, tuple[PluginKind, type[Plugin]]] = {}
     for kind, row in KINDS.items():

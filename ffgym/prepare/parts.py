@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -339,7 +339,6 @@ def build_env(
     *,
     costs: Mapping[str, Costs] | None = None,
     executor: Evaluator | None = None,
-    on_close: Callable[[], None] | None = None,
 ) -> PruningEnv:
     """The stationary environment of a run.
 
@@ -365,7 +364,6 @@ def build_env(
         examples=examples,
         prices={resource: budget_in(resource, config, model, costs) for resource in resources},
         executor=executor or evaluator_of(config, prepared, windows, examples),
-        on_close=on_close,
     )
 
 

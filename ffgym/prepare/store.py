@@ -47,7 +47,7 @@ from ffgym.plugins.bases import Criterion
 from ffgym.prepare.calibrations import calibration_class, has_ridge_path
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
-from ffgym.pruning.factors import factor_bytes, packed_size
+from ffgym.pruning.factors import factor_bytes
 from ffgym.pruning.statistics import kept_bytes
 from ffgym.types import LayerStats, Notify, SublayerView
 
@@ -318,7 +318,7 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
         orders = [each.read("order") for each in stored]
     except (AssetError, SafetensorError, OSError, KeyError):
         return None
-    if record.key != place.name or len(record.ridges) != len(prunable.halves):
+    if record.key != place.name:
         return None
     views: list[SublayerView] = []
     for index, (half, each, order) in enumerate(zip(prunable.halves, stored, orders, strict=True)):
@@ -338,18 +338,10 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
 
 
 class _Stored:
-    """A sublayer's tensors in a store, read when they are asked for; raises ``KeyError`` where sizes do not fit."""
+    """A sublayer's tensors in a store, read when they are asked for."""
 
     def __init__(self, file: TensorFile, half: PrunableSublayer, device: torch.device) -> None:
         self._file, self.half, self._prefix, self._device = file, half, f"{half.sublayer.kind}.", device
-        n = half.consumer.in_features
-        if not half.is_refittable:
-            if file.shape(f"{self._prefix}removal_error") != (n + 1,):
-                raise KeyError(f"{half.sublayer.name}: another number of experts")
-            return
-        shapes = file.shape(f"{self._prefix}inverse"), file.shape(f"{self._prefix}projected")
-        if shapes != ((packed_size(n),), tuple(half.consumer.weight.shape)):
-            raise KeyError(f"{half.sublayer.name}: factors of another size")
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor by its name in the sublayer; raises ``AssetError`` where there is none, or it cannot be read."""

@@ -86,7 +86,7 @@ def recover(
         tracking.experiment,
         place.name,
         tracking.enabled,
-        unsent=place.with_name(f"{place.name}.unsent.jsonl"),
+        unsent=place.parent,
         command="ffgym recover",
         again=shlex.join(["ffgym", "recover", str(source), "--output", str(place), *asked]),
         notify=reporter.print,

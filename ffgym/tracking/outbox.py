@@ -1,7 +1,7 @@
 """Records of a run that a server has not taken yet, kept in a file until it does.
 
-The first line says which run they belong to; every other line is a record. Whoever sends them holds a lock, so that a
-run and ``ffgym sync`` never send the same one.
+A file is named after its run, and every line is a record. Whoever sends them holds a lock, so that a run and
+``ffgym sync`` never send the same one.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-
-from pydantic import BaseModel
 
 from ffgym.errors import TrackingError
 from ffgym.files import FileFormat, exclusive_lock, write_text
@@ -24,41 +21,26 @@ from ffgym.tracking.runs import run_with_id
 from ffgym.tracking.store import database, own_uri, reading_store, tracking_uri
 from ffgym.types import JSONDict
 
-
-class _Head(BaseModel):
-    """The first line."""
-
-    run: str
-
-
-HEAD = FileFormat(
-    "first line that says which MLflow run the records belong to", _Head, TrackingError, "Remove the file."
-)
 LINE = FileFormat("record of an MLflow run", dict, TrackingError, "Remove the line, or the whole file.")
-SUFFIX = "unsent.jsonl"
+SUFFIX = ".unsent.jsonl"
 
 
 @dataclass(frozen=True)
 class Outbox:
     """Records that wait in a file."""
 
-    path: Path
+    folder: Path
     run_id: str
 
-    @classmethod
-    def of(cls, path: Path, run_id: str) -> Outbox:
-        """The outbox of a run: this file, or one beside it where this one holds records of another run."""
-        own = path.with_name(f"{run_id[:8]}.{path.name}")
-        first = islice(LINE.lines(path), 1) if path.exists() else ()
-        others = [line for source, line in first if line.endswith(b"\n") and HEAD.parse(line, source).run != run_id]
-        return cls(own if others or own.exists() else path, run_id)
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / f"{self.run_id}{SUFFIX}"
 
     def add(self, record: JSONDict) -> None:
         """Keep one more record."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(), self.path.open("a", encoding="utf-8") as file:
-            if file.tell() == 0:
-                file.write(json.dumps({"run": self.run_id}) + "\n")
             file.write(json.dumps(record) + "\n")
 
     def forward(self, send: Callable[[JSONDict], None]) -> int:
@@ -70,11 +52,8 @@ class Outbox:
         if not self.path.exists():
             return 0
         with self._lock():
-            complete = [(source, line) for source, line in LINE.lines(self.path) if line.endswith(b"\n")]
-            if not complete:  # the process was killed while it began the file
-                self.path.unlink()
-                return 0
-            head, *records = [LINE.parse(line, source) for source, line in complete]
+            # The process may have been killed in the last line.
+            records = [LINE.parse(line, source) for source, line in LINE.lines(self.path) if line.endswith(b"\n")]
             left = deque(records)
             try:
                 while left:
@@ -82,7 +61,7 @@ class Outbox:
                     left.popleft()
             finally:
                 if left:
-                    write_text(self.path, "".join(json.dumps(line) + "\n" for line in (head, *left)))
+                    write_text(self.path, "".join(json.dumps(line) + "\n" for line in left))
                 else:
                     self.path.unlink()
             return len(records)
@@ -90,7 +69,7 @@ class Outbox:
     def __len__(self) -> int:
         if not self.path.exists():
             return 0
-        return max(0, len(self.path.read_bytes().splitlines()) - 1)
+        return self.path.read_bytes().count(b"\n")
 
     def _lock(self) -> AbstractContextManager[bool]:
         return exclusive_lock(self.path.with_suffix(".lock"), wait=True)
@@ -108,17 +87,14 @@ def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> 
     total = 0
     waiting = [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]
     for path in {path.resolve(): path for path in waiting}.values():  # a folder may lie in another
-        for source, line in islice(LINE.lines(path), 1):  # of an empty file there is none
-            if not line.endswith(b"\n"):  # the process was killed while it began the file
-                continue
-            if tracking_uri(root) == own_uri(root) and not database(root).is_file():
-                raise TrackingError(
-                    f"the records in {path} wait for an MLflow server, and MLFLOW_TRACKING_URI names none",
-                    hint="Set MLFLOW_TRACKING_URI to its address.",
-                )
-            run = run_with_id(root, HEAD.parse(line, source).run, f"{path}: ")
-            with reading_store(root, f"write run {run.name!r} to") as (client, _):
-                sent = Outbox(path, run.id).forward(partial(send, client, run.id))
-            notify(f"{run.name}: {sent} records sent, from {path}")
-            total += sent
+        if tracking_uri(root) == own_uri(root) and not database(root).is_file():
+            raise TrackingError(
+                f"the records in {path} wait for an MLflow server, and MLFLOW_TRACKING_URI names none",
+                hint="Set MLFLOW_TRACKING_URI to its address.",
+            )
+        run = run_with_id(root, path.name.removesuffix(SUFFIX), f"{path}: ")
+        with reading_store(root, f"write run {run.name!r} to") as (client, _):
+            sent = Outbox(path.parent, run.id).forward(partial(send, client, run.id))
+        notify(f"{run.name}: {sent} records sent, from {path}")
+        total += sent
     return total

@@ -21,7 +21,7 @@ from filelock import FileLock
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import SHORT_NAMES, Result, parameters
-from ffgym.tracking.outbox import SUFFIX, Outbox
+from ffgym.tracking.outbox import Outbox
 from ffgym.tracking.records import send
 from ffgym.tracking.store import (
     DESCRIPTION_TAG,
@@ -64,8 +64,7 @@ class Tracker:
     Args:
         root: folder of the store, made if it is missing.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
-        unsent: file for what a server does not take; its folder must be there once there is something to keep. One that
-            holds records of another run is left as it is: this run's go into a file beside it.
+        unsent: folder for what a server does not take, which must be there once there is something to keep.
         parent: ``run_id`` of the run that this one is a child of.
         resume: ``run_id`` of an earlier session of the same run, which goes on: what that has logged is not logged
             again. Where the store does not have it (any more), a new run is made.
@@ -99,7 +98,7 @@ class Tracker:
         self._experiment = experiment
         self._run_name = run_name
         self._enabled = enabled
-        self._unsent = unsent or root / f"{run_name}.{SUFFIX}"
+        self._unsent = unsent or root
         self._had_folder = False
         self._parent = parent
         self._resume = resume
@@ -266,8 +265,8 @@ class Tracker:
                 )
                 self.run_id = run.info.run_id
             if is_server(self._uri):
-                self._outbox = Outbox.of(self._unsent, run.info.run_id)
-                self._had_folder = self._unsent.parent.exists()
+                self._outbox = Outbox(self._unsent, run.info.run_id)
+                self._had_folder = self._unsent.exists()
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _source(self) -> dict[str, str]:
@@ -292,7 +291,7 @@ class Tracker:
             raise
         if run.info.lifecycle_stage != "active":
             return None
-        Outbox.of(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
+        Outbox(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
         self._client.update_run(self._resume, status="RUNNING")
         run = self._client.get_run(self._resume)
         for tag in {FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():
@@ -399,7 +398,7 @@ class Tracker:
 
     def _keep(self, record: JSONDict) -> None:
         """Keep a record on disk; of a run that found nothing, whose folder has been removed, nothing is kept."""
-        if self._outbox is not None and (self._unsent.parent.exists() or not self._had_folder):
+        if self._outbox is not None and (self._unsent.exists() or not self._had_folder):
             self._outbox.add(record)
 
     def _send(self, record: JSONDict) -> None:

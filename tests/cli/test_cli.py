@@ -417,7 +417,7 @@ def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaint
 
     replace_module(monkeypatch, "ffgym.envs.check", complaints=lambda env: complaints)
     replace_module(
-        monkeypatch, "ffgym.prepare.make_env", make_pruning_env=make_pruning_env, shrunk=lambda config: config
+        monkeypatch, "ffgym.pipeline.make_env", make_pruning_env=make_pruning_env, shrunk=lambda config: config
     )
     done = call("check-env", "--model", "tiny", "--set", "data.window=512")
     assert done.exit_code == status

@@ -27,10 +27,10 @@ from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.pipeline.task import open_task
 from ffgym.plugins import discovery, manager
 from ffgym.prepare import configured
-from ffgym.prepare.make_env import make_pruning_env
 from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter

@@ -21,7 +21,7 @@ from ffgym.envs.check import complaints
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError, FFGymError
-from ffgym.prepare.make_env import make_pruning_env, shrunk
+from ffgym.pipeline.make_env import make_pruning_env, shrunk
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity

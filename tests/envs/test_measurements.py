@@ -24,8 +24,8 @@ from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.evaluation.multiple_choice import task_accuracy
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins import manager
-from ffgym.prepare.make_env import make_pruning_env
 from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
 from ffgym.pruning.calibration import PlainPath

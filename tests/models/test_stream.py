@@ -28,8 +28,8 @@ from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.models.stream import LayerStream, streamed_model
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins.bases import Criterion
-from ffgym.prepare.make_env import make_pruning_env
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.store import opened_or_prepared, store_key

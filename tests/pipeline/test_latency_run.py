@@ -21,7 +21,7 @@ from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import write_text
 from ffgym.models.loading import load
 from ffgym.pipeline import pipeline, task
-from ffgym.prepare.make_env import make_pruning_env
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.prepare.parts import make_reward
 from ffgym.testing.models import tiny_model
 

@@ -65,10 +65,8 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
         ".config.toml.part-0123abcd",
         ".model-0.20-recovered.part-0123abcd",
         "allocation-1.00.json",
-        "unsent.lock",
-        "model-recovered.unsent.lock",
-        "0a1b2c3d.unsent.jsonl",
-        "0a1b2c3d.model-0.20-recovered.unsent.lock",
+        f"{'0a1b2c3d' * 4}.unsent.jsonl",
+        f"{'0a1b2c3d' * 4}.unsent.lock",
         ".model-recovered.lock",
     ],
 )

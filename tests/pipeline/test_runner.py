@@ -418,7 +418,7 @@ def test_plugins_that_read_text_and_train_are_tags_too(finished: Finished) -> No
     config = finished.config.model_copy(update={"data": texts, "recover": recover})
     env: Any = SimpleNamespace(reward=manager.create("reward", "perplexity"), prices={})
     of: Any = SimpleNamespace(config=config, env=env, loaded=SimpleNamespace(device="cpu", dtype_name="float32"))
-    tags = run_tags(of, make_agent(config))
+    tags = run_tags(of)
     assert {name for name in tags if name.startswith(("plugin.corpus", "plugin.recovery"))} == {
         "plugin.corpus.demo",
         "plugin.recovery.lora",

@@ -19,8 +19,8 @@ from ffgym.measure.metrics import Loss
 from ffgym.measure.task_definitions import load_tasks
 from ffgym.measure.task_table import TaskTable, as_dict
 from ffgym.measure.tasks import evaluate_models
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins import manager
-from ffgym.prepare.make_env import make_pruning_env
 
 Install = Callable[..., None]
 

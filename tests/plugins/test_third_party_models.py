@@ -23,8 +23,8 @@ from ffgym.export.format import export
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of, family_of_type
 from ffgym.models.loading import load
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins import manager
-from ffgym.prepare.make_env import make_pruning_env
 from ffgym.prepare.parts import load_parts
 from ffgym.testing.conformance import FamilyConformance
 from ffgym.testing.models import tiny_model

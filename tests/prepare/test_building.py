@@ -14,7 +14,7 @@ from ffgym.errors import BudgetError, ConfigError, FitError, ModelError, WorkerE
 from ffgym.evaluation.evaluator import Request
 from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
-from ffgym.prepare.make_env import make_pruning_env
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.prepare.parts import load_parts, make_budget, prepare_model
 from ffgym.prepare.workers import EvaluatorMaker
 from ffgym.pruning.calibration import RIDGE_GRID

@@ -15,7 +15,7 @@ from ffgym.tracking.records import send
 
 @pytest.fixture
 def box(tmp_path: Path) -> Outbox:
-    return Outbox(tmp_path / "unsent.jsonl", "a" * 32)
+    return Outbox(tmp_path, "a" * 32)
 
 
 def test_what_could_not_be_sent_goes_on_waiting_and_no_lock_is_left(box: Outbox) -> None:
@@ -29,35 +29,19 @@ def test_what_could_not_be_sent_goes_on_waiting_and_no_lock_is_left(box: Outbox)
     with pytest.raises(TrackingError, match="away"):
         box.forward(fail_at_the_second)
     assert len(box) == 2
-    assert [path.name for path in box.path.parent.iterdir()] == ["unsent.jsonl"]
+    assert [path.name for path in box.path.parent.iterdir()] == [box.path.name]
     sent: list[Any] = []
     assert box.forward(sent.append) == 2
     assert [record["number"] for record in sent] == [1, 2]
     assert list(box.path.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("left", ["", '{"run": "aaa'], ids=["empty", "half a line"])
+@pytest.mark.parametrize("left", ["", '{"write": "te'], ids=["empty", "half a line"])
 def test_a_file_that_was_only_begun_holds_nothing(box: Outbox, left: str) -> None:
     box.path.write_text(left)
     assert len(box) == 0
     assert box.forward(lambda record: None) == 0
     assert not box.path.exists()
-
-
-def test_records_of_two_runs_are_not_mixed(box: Outbox) -> None:
-    box.add({"write": "text", "number": 1})
-    other, sent = Outbox.of(box.path, "b" * 32), list[Any]()
-    other.add({"write": "text", "number": 2})
-    assert Outbox.of(box.path, box.run_id) == box
-    assert box.forward(sent.append) == 1
-    assert Outbox.of(box.path, other.run_id).forward(sent.append) == 1, "also once the other's are sent"
-    assert [record["number"] for record in sent] == [1, 2]
-    assert list(box.path.parent.iterdir()) == []
-
-
-def test_an_empty_file_is_no_outbox(box: Outbox) -> None:
-    box.path.touch()
-    assert sync(box.path.parent, [box.path.parent], print) == 0
 
 
 def test_records_of_a_server_that_is_not_named(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,22 +52,11 @@ def test_records_of_a_server_that_is_not_named(box: Outbox, monkeypatch: pytest.
     assert len(box) == 1
 
 
-def test_a_file_that_was_only_begun_does_not_hold_up_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    root = new_store(tmp_path / "mlruns")
-    run_id = client(root).create_run("0", run_name="two").info.run_id
-    (tmp_path / "1.unsent.jsonl").write_text('{"run": "aaa')
-    Outbox(tmp_path / "2.unsent.jsonl", run_id).add({"write": "tags", "values": {"late": "yes"}})
-    assert sync(root, [tmp_path], print) == 1
-
-
 def test_a_folder_that_lies_in_another_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     root, run = new_store(tmp_path / "mlruns"), tmp_path / "runs" / "one"
     run_id = client(root).create_run("0", run_name="one").info.run_id
-    Outbox(run / "unsent.jsonl", run_id).add({"write": "tags", "values": {"late": "yes"}})
+    Outbox(run, run_id).add({"write": "tags", "values": {"late": "yes"}})
     assert sync(root, [tmp_path, run], print) == 1
     assert client(root).get_run(run_id).data.tags["late"] == "yes"
 

@@ -62,7 +62,7 @@ def test_a_whole_run_on_a_server_is_as_on_a_file(server, address, tmp_path, capf
 
 
 def run_in(folder, notify=lambda line: None):
-    return Tracker(folder, "ffgym", folder.name, unsent=folder / "unsent.jsonl", notify=notify)
+    return Tracker(folder, "ffgym", folder.name, unsent=folder, notify=notify)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_what_a_server_that_went_away_did_not_take_is_sent_by_sync(server, outag
 
 def test_a_resumed_run_sends_what_was_left_and_nothing_twice(server, outage):
     folder, run_id = outage.resumed
-    with Tracker(folder, "ffgym", "again", unsent=folder / "unsent.jsonl", resume=run_id) as tracker:
+    with Tracker(folder, "ffgym", "again", unsent=folder, resume=run_id) as tracker:
         tracker.log_metrics([("search/reward", 0.1, 0), ("search/reward", 0.2, 1)])
     check_complete(server, run_id)
 
@@ -179,22 +179,9 @@ def test_what_is_logged_to_a_deleted_run_waits_until_it_is_restored(server, addr
     assert client.get_run(tracker.run_id).data.metrics["search/reward"] == 0.1
 
 
-def test_what_waits_of_an_earlier_run_is_not_mixed_with_that_of_a_new_one(server, address, tmp_path):
-    box = tmp_path / "unsent.jsonl"
-    earlier = f'{{"run": "{"0" * 32}"}}\n{json.dumps({"write": "tags", "values": {"a": "b"}})}\n'
-    box.write_text(earlier)
-    with run_in(tmp_path) as tracker:
-        MlflowClient(server.uri).delete_run(tracker.run_id)
-        tracker.log_metrics([("search/reward", 0.1, 0)])
-    own = tmp_path / f"{tracker.run_id[:8]}.unsent.jsonl"
-    assert json.loads(own.read_text().splitlines()[0]) == {"run": tracker.run_id}
-    assert box.read_text() == earlier
-
-
 def test_records_of_a_run_that_the_store_does_not_have_stay(server, address, tmp_path):
-    box = tmp_path / "unsent.jsonl"
-    record = {"write": "tags", "values": {"a": "b"}}
-    box.write_text(f'{{"run": "{"0" * 32}"}}\n{json.dumps(record)}\n')
+    box = tmp_path / f"{'0' * 32}.unsent.jsonl"
+    box.write_text(json.dumps({"write": "tags", "values": {"a": "b"}}) + "\n")
     refused = CliRunner().invoke(app, ["sync", str(tmp_path)])
     assert refused.exit_code == 1
     assert "unsent.jsonl: there is no MLflow run 000" in refused.output

@@ -14,8 +14,9 @@ from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.models.modes import own_modes
-from ffgym.prepare.parts import LOADING, build_env, load_parts, make_budget, make_reward, make_schedule, prepare_model
-from ffgym.prepare.workers import cluster_of, report_idle_workers, shared_executor
+from ffgym.pipeline.task import open_task
+from ffgym.prepare.parts import make_reward, make_schedule
+from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.report.progress import Reporter
 
 CHECKED_WINDOW = 128
@@ -53,26 +54,10 @@ def _pruning_env(config: RunConfig, episodes: int, render_mode: str | None) -> P
     make_reward(config)
     reporter = Reporter()
     report_idle_workers(episodes, config.workers.count, reporter.print)
-    closing = ExitStack()
     with ExitStack() as stack:
         cluster = stack.enter_context(cluster_of(config.workers, config.model.device, reporter.print))
-        with reporter.stage(LOADING, 1):
-            loaded, splits = load_parts(config)
-        budget = make_budget(config, loaded.model)
-        prepared = prepare_model(config, loaded, splits.calibration.windows, reporter=reporter)
-        executor = None
-        if cluster is not None:
-            executor = shared_executor(cluster, config, loaded, prepared, splits)
-        env = build_env(
-            config,
-            prepared,
-            splits.search.windows,
-            budget,
-            loaded,
-            executor=executor,
-            on_close=closing.close,
-        )
-        closing.push(stack.pop_all())
+        env = open_task(config, [], reporter, cluster=cluster).env
+        env.on_close = stack.pop_all().close
     env.render_mode = render_mode
     return env
 
