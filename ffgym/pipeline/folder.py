@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -201,6 +201,8 @@ class RunRecord:
         editions: of its plugins, those beyond the first; ``None`` where an earlier version began the run.
         dense: absolute path of the dense model; ``None`` where that is no folder or file, or an earlier version began
             the run.
+        inputs: digests of the model's weights and of the texts to calibrate and to search with; empty where nothing
+            has been loaded, or an earlier version began the run.
     """
 
     mlflow_run: str | None = None
@@ -208,6 +210,7 @@ class RunRecord:
     results: tuple[str, ...] = ()
     editions: dict[str, int] | None = None
     dense: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 RECORD = FileFormat(

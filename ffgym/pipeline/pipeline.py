@@ -120,7 +120,7 @@ def run(
         text = None if config.recover.method == "none" else gather(config, task.loaded, task.splits)
         hint = "Free some space, name a folder on a larger disk (--output), or set output.save_model to false."
         check_room(session.folder, counts.saved_models(plan.shape, plan.load), "the saved model", hint)
-        session.begin_search(task.loaded.dtype_name)
+        session.begin_search(task)
         searched = search(task, agent, session)
         rows = compare(task, searched, session)
         result = finish(task, searched, rows, session)

@@ -28,6 +28,7 @@ from ffgym.pipeline.folder import (
     saying_what_is_kept,
     write_record,
 )
+from ffgym.pipeline.task import Task
 from ffgym.prepare.configured import editions, meanings, outgrown
 from ffgym.report.progress import Reporter
 from ffgym.tracking.store import FOLDER_TAG
@@ -104,22 +105,37 @@ class Session:
                 earlier.dtype,
                 editions=editions(config),
                 dense=absolute_name(config.model.name) or earlier.dense,
+                inputs=earlier.inputs,
             )
             removing = removing_if_nothing_found(folder, made=made)
             session = cls(config, folder, tracker, progress, resumed, record, ending, overwrites, removing)
             session._start()
             yield session
 
-    def begin_search(self, dtype: str) -> None:
-        """Take over the folder, now that model and text have been loaded, and record the dtype that ``auto`` chose.
+    def begin_search(self, task: Task) -> None:
+        """Take over the folder, now that model and text have been loaded, and record what they are.
 
         An earlier run's results are cleared here and not before: a run that cannot load its model must not delete them.
+
+        Raises:
+            OutputError: the run was begun with other weights or text: its episodes cannot be reused.
         """
+        inputs = {
+            "model weights": task.prepared.weights,
+            "calibration text": task.splits.calibration.digest,
+            "search text": task.splits.search.digest,
+        }
+        began = self.record.inputs
+        if changed := [name for name, digest in inputs.items() if began.get(name, digest) != digest]:
+            raise OutputError(
+                f"the run in {self.folder} cannot go on: its {' and '.join(changed)} changed since it began",
+                hint="Put back what it was begun with, or start a new run with --config and its config.toml.",
+            )
         if self._overwrites:
             clear_folder(self.folder)
             self._ending.enter_context(self._removing_if_nothing_found)
             self._write_config()
-        self.record = replace(self.record, dtype=dtype)
+        self.record = replace(self.record, dtype=task.loaded.dtype_name, inputs=inputs)
         write_record(self.folder, self.record)
 
     def _start(self) -> None:

@@ -41,7 +41,7 @@ from ffgym.plugins.discovery import OWN
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
-from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key
+from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key, weights_digest
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 from ffgym.report.table import taken_by_every_row
@@ -164,7 +164,8 @@ def prepare_model(
                 loaded.model, criterion, windows, source=loaded.stream, on_layer=on_layer, on_progress=stage, **facts
             )
 
-    own = store_key(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)}, loaded.stream)
+    weights = weights_digest(loaded.model, loaded.stream)
+    own = store_key(loaded.model, criterion, windows, {**facts, "keep": sorted(keep)}, weights)
     if key not in (None, own):
         raise WorkerError(
             f"model {loaded.name!r} of a worker on {socket.gethostname()} is not the one that this run has prepared, or"
@@ -172,10 +173,10 @@ def prepare_model(
             hint="Give all machines the same model folder and versions, or name a hub model and its revision.",
         )
     if not is_stored(criterion, config.prune.calibration):
-        return replace(make(), key=own)
+        return replace(make(), key=own, weights=weights)
     what = {"model": loaded.description, "settings": settings_of(config, keep, loaded.dtype_name)}
     prepared = opened_or_prepared(own, loaded.model, make, what, reporter.print, loaded.stream, keep)
-    return replace(prepared, key=own)
+    return replace(prepared, key=own, weights=weights)
 
 
 def settings_of(config: RunConfig, keep: frozenset[str], dtype_name: str) -> str:

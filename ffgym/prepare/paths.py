@@ -47,6 +47,7 @@ class Prepared:
         ridges: the lambda of each sublayer; 0 of experts, which no refit follows.
         store: the folder that it can be opened from again; ``None`` where it was not stored.
         key: of the store that it has or would have; empty where nobody asked for it.
+        weights: digest of the dense model's weights; empty where nobody asked for it.
     """
 
     prunable: PrunableModel
@@ -54,6 +55,7 @@ class Prepared:
     ridges: tuple[float, ...]
     store: Path | None = None
     key: str = ""
+    weights: str = ""
 
 
 def prepare(

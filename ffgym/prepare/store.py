@@ -100,22 +100,41 @@ def is_stored(criterion: Criterion, calibration: str) -> bool:
     return size_limit() > 0 and is_readable and has_ridge_path(calibration_class(calibration))
 
 
+def weights_digest(model: Any, stream: LayerStream | None = None) -> str:
+    """SHA-256 of a model's weights, as it was loaded, its units not yet in order.
+
+    Args:
+        stream: reads weights that are not in memory; the digest is the same as for the model in memory.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():  # a tied weight once
+        if tensor.is_meta:
+            assert stream is not None, "only a streamed model has weights on the meta device"
+            tensor = stream.read(name)
+        _add(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+
 def store_key(
     model: Any,
     criterion: Criterion,
     windows: torch.Tensor,
     facts: Mapping[str, Any],
-    stream: LayerStream | None = None,
+    weights: str,
 ) -> str:
     """Digest of all that decides the bits of a preparation, headed by the model's type: the name of its store.
 
     Args:
-        model: as it was loaded, its units not yet in order. Of another package's family, a change of its code makes
-            another store.
+        model: as it was loaded. Of another package's family, a change of its code makes another store.
         criterion: orders the units; a change of its code makes another store.
         windows: calibration token ids, shape (windows, length), int64.
         facts: everything else that decides the bits.
-        stream: reads weights that are not in memory; the key is the same as for the model in memory.
+        weights: from `weights_digest`.
     """
     digest, family = hashlib.sha256(), type(family_of(model))
     for part in (
@@ -130,13 +149,9 @@ def store_key(
     config = model.config.to_dict()
     said = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     digest.update(json.dumps(said, sort_keys=True, default=str).encode())
-    for name, tensor in (*model.named_parameters(), ("windows", windows)):  # a tied weight once
-        device = tensor.device
-        if tensor.is_meta:
-            assert stream is not None, "only a streamed model has weights on the meta device"
-            tensor, device = stream.read(name), stream.device
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {device.type}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    devices = sorted({tensor.device.type for tensor in model.parameters() if not tensor.is_meta})
+    digest.update(f"{weights} on {devices}".encode())
+    _add(digest, "windows", windows)
     versions = f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}"  # kernels round by them
     digest.update(versions.encode())
     return f"{model.config.model_type}-{digest.hexdigest()[:24]}"

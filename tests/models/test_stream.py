@@ -32,7 +32,7 @@ from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.sequential import calibrate_sequentially
-from ffgym.prepare.store import opened_or_prepared, store_key
+from ffgym.prepare.store import opened_or_prepared, store_key, weights_digest
 from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ def prepared_from_disk(
     def make(on_layer: OnLayer) -> Prepared:
         return prepare(model, scores, WINDOWS, source=stream, on_layer=on_layer, **facts)
 
-    key = store_key(model, scores, WINDOWS, facts, stream)
+    key = store_key(model, scores, WINDOWS, facts, weights_digest(model, stream))
     return opened_or_prepared(key, model, make, {}, lambda line: None, stream)
 
 
@@ -218,7 +218,9 @@ def test_a_disk_that_fills_up_is_named(folder: Path, small_files: Any) -> None:
 def test_both_placements_share_a_store(folder: Path, device: torch.device) -> None:
     model, stream = on_disk(folder, device=device)
     here = load_model(folder).to(device)
-    assert store_key(model, Wanda(), WINDOWS, {}, stream) == store_key(here, Wanda(), WINDOWS, {})
+    digests = weights_digest(model, stream), weights_digest(here)
+    assert digests[0] == digests[1]
+    assert store_key(model, Wanda(), WINDOWS, {}, digests[0]) == store_key(here, Wanda(), WINDOWS, {}, digests[1])
 
 
 def test_between_layers_nothing_but_sizes_is_in_memory(folder: Path) -> None:

@@ -18,6 +18,7 @@ from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_home, g
 from mlflow_store import client, new_store, runs
 from processes import interrupted, lines
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -109,6 +110,32 @@ def test_a_search_does_not_go_on_with_another_edition_of_a_plugin(
     with pytest.raises(OutputError, match=r"the plugin named in \[reward\] has changed .* \(edition 1 then, 2 now\)"):
         go(config(tmp_path), resume=tmp_path / "out")
     assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ["model weights", "calibration text and search text"])
+def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, steps: list[int], changed: str) -> None:
+    home = shutil.copytree(glass_home(), tmp_path / "home")
+    texts = {role: str(home / "c4.txt") for role in ("calibration", "search")}
+    settings = config(tmp_path, model={"name": str(home / "glass")}, data=texts)
+    steps[0] = PER_UPDATE
+    with pytest.raises(KeyboardInterrupt):
+        go(settings)
+    steps[0] = 10**6
+    if changed == "model weights":
+        file = home / "glass" / "model.safetensors"
+        weights = {name: 1.01 * tensor for name, tensor in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+    else:
+        (home / "c4.txt").write_text((home / "c4.txt").read_text("utf-8")[100:], "utf-8")
+    before = (tmp_path / "out" / "episodes.jsonl").read_bytes()
+    for _ in range(2):  # what the first refusal has seen is not what the run began with
+        with pytest.raises(OutputError, match=f"cannot go on: its {changed} changed since it began"):
+            go(settings, resume=tmp_path / "out")
+        assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    del record["inputs"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    go(settings, resume=tmp_path / "out")  # as a run of an earlier version does, whose record lacks them
 
 
 @pytest.mark.parametrize(("module", "place"), [(compare, "measured_row"), (task, "calibrate_sequentially")])

@@ -22,7 +22,7 @@ from ffgym.errors import AssetError, ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare import store
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
-from ffgym.prepare.store import is_stored, opened_or_prepared, store_key
+from ffgym.prepare.store import is_stored, opened_or_prepared, store_key, weights_digest
 from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -56,7 +56,7 @@ def go(
         told.prepared += 1
         return prepare(model, criterion, WINDOWS, ridge=0.01, calibration=how, keep=KEEP, on_layer=on_layer)
 
-    key = store_key(model, criterion, WINDOWS, {"calibration": how, **facts})
+    key = store_key(model, criterion, WINDOWS, {"calibration": how, **facts}, weights_digest(model))
     return opened_or_prepared(key, model, make, {"model": "tiny"}, told.append, keep=KEEP)
 
 
