@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from ffgym.bench.cell import CELL_RESULT, MLFLOW_NOTE, Cell, write_result
-from ffgym.bench.checks import check_benches, unanswered
+from ffgym.bench.checks import check_benches, check_dense_losses, unanswered
 from ffgym.bench.file import Bench, read_bench
 from ffgym.bench.queue import compute
 from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table, markdown
@@ -81,7 +81,13 @@ def bench(
                     compute(missing, parents, reporter, cluster)
                     share(benches)
         for each in benches:
+            check_dense_losses(each)  # again: the model may have changed since earlier results
             results = [CELL_RESULT.read(path) for path in each.results]
+            if not only_report and len(results) < len(each.cells):
+                reporter.print(
+                    f"{each.spec.title}: another bench is computing the missing cells; when it has ended, "
+                    f"`ffgym bench {shlex.quote(str(each.file))} --report` shows them"
+                )
             if not results:
                 reporter.print(f"{each.spec.title}: no results yet")
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ffgym.plugins.contracts import update_episodes
 from ffgym.prepare import configured
 from ffgym.prepare.parts import counted_resources, named_table, table_digest
 from ffgym.types import JSONDict
+
+DRIFT = 0.01  # nats, 1 % of perplexity: between processors and dtypes, committed benches differ by 0.0008 at most
 
 
 def check_benches(benches: Sequence[Bench]) -> None:
@@ -70,6 +73,23 @@ def check_benches(benches: Sequence[Bench]) -> None:
                     f"{cell.path} holds the result of another configuration: {'; '.join(changed)}",
                     hint="Point `results` at another folder, or delete that file to compute it again.",
                 )
+    for each in benches:
+        check_dense_losses(each)
+
+
+def check_dense_losses(bench: Bench) -> None:
+    """Refuse results of one table that are of two models or texts, which their settings name and do not hold."""
+    losses = {cell.path: CELL_RESULT.read(cell.path).dense_loss for cell in bench.cells if cell.path.exists()}
+    if not losses:
+        return
+    usual = statistics.median_low(losses.values())
+    odd = max(losses, key=lambda path: abs(losses[path] - usual))
+    if abs(losses[odd] - usual) > DRIFT:
+        raise ConfigError(
+            f"{odd} has dense_loss = {losses[odd]:.4f}, other results of {bench.file} have {usual:.4f}: it is of "
+            "another model or report text than they are",
+            hint="Delete it to compute it again; or delete the others, if it is they that are out of date.",
+        )
 
 
 def _check_measurements(cell: Cell) -> None:

@@ -266,9 +266,10 @@ def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str)
     first, data = results[0], results[0].settings["data"]
     repeated = any(row.seeds > 1 for row in rows)
     searches = {result.label for result in results if result.agent != "one-shot"}
+    dense = [f"{perplexity_of(ends([result.dense_loss for result in results])):.2f}" for ends in (min, max)]
     said = (
         f"{split} of {described(data['report'])}, {first.report_tokens:,} tokens in windows of {data['window']:,}, "
-        f"{_dtypes(results)}, after {refit}; dense perplexity {math.exp(first.dense_loss):.2f}; "
+        f"{_dtypes(results)}, after {refit}; dense perplexity {' to '.join(dict.fromkeys(dense))}; "
         f"target sparsity {targets}{'; mean and standard error over seeds' * repeated}."
     )
     if any(row.difference or any(row.differences.values()) for row in rows):

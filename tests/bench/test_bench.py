@@ -444,6 +444,7 @@ def test_a_cell_that_another_bench_computes_is_left_to_it(tmp_path: Path, steps:
     with FileLock(folder / f"{other.key}.lock"):
         (table,), said = call(file)
     assert "uniform, seed 0: skipped: another bench is computing it" in said
+    assert "Small: another bench is computing the missing cells; when it has ended" in said
     assert [row.label for row in table.rows] == ["mlp-first"]
     call(file)
     assert sorted(path.stem for path in (tmp_path / "small").iterdir()) == ["mlp-first-seed0", "uniform-seed0"]

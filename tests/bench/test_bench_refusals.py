@@ -81,6 +81,19 @@ def test_results_that_could_not_be_written(tmp_path: Path) -> None:
         bench([bench_file(tmp_path, results="file/results")], progress=Console(quiet=True))
 
 
+@pytest.mark.parametrize(("loss", "is_another"), [(3.0008, False), (3.02, True)])
+def test_a_result_of_another_model_or_text(tmp_path: Path, loss: float, is_another: bool) -> None:
+    file = bench_file(tmp_path, seeds=[0, 1, 2])
+    for cell, dense in zip(read_bench(file).cells, (3.0, loss, 3.0), strict=True):
+        write_result(cell.path, a_result(cell).model_copy(update={"seed": cell.seed, "dense_loss": dense}))
+    if not is_another:
+        bench([file], progress=Console(quiet=True), only_report=True)
+        return
+    with pytest.raises(ConfigError, match=r"random-seed1\.json has dense_loss = 3\.0200, .* another model") as raised:
+        bench([file], progress=Console(quiet=True), only_report=True)
+    assert "Delete it" in str(raised.value.hint)
+
+
 def test_a_missing_file_is_called_a_bench_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bench file '.*nowhere\.toml' cannot be read"):
         read_bench(tmp_path / "nowhere.toml")

@@ -216,6 +216,12 @@ def test_markdown_says_how_it_was_measured() -> None:
     assert "- In every row: dtype float32, seconds 60." in text
 
 
+def test_dense_losses_that_differ_from_machine_to_machine_are_all_shown() -> None:
+    other = results()[0].model_copy(update={"dense_loss": math.log(20.02)})
+    header = bench_table("Bench", [*results()[1:], other], baselines=["evolution"]).header
+    assert "; dense perplexity 20.00 to 20.02; " in header
+
+
 def test_targets_are_as_fine_as_they_were_chosen() -> None:
     cells = [each.model_copy(update={"target": target}) for each, target in zip(results(), (0.125, 0.2), strict=False)]
     assert "target sparsity 12.5% and 20%;" in bench_table("Bench", cells, baselines=[]).header
