@@ -29,7 +29,7 @@ from ffgym.models.stream import streamed_model
 from ffgym.plan.counts import stages
 from ffgym.plan.shape import Workload, shape_of
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
-from ffgym.prepare.store import opened_or_prepared, store_key
+from ffgym.prepare.store import opened_or_prepared, store_key, weights_digest
 
 WINDOW, EPISODE_WINDOWS, EPISODES, CALIBRATION, SPARSITY, RIDGE = 1024, 2, 16, 32, 0.2, 0.01
 REPETITIONS = 3
@@ -67,7 +67,7 @@ def prepared(folder: Path, windows: torch.Tensor, device: torch.device, *, strea
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
         return prepare(model.eval().requires_grad_(False), criterion, windows, ridge=RIDGE, tokens_per_batch=size)
     model, stream = streamed_model(folder.name, folder, torch.bfloat16, device)
-    key = store_key(model, criterion, windows, {}, stream)
+    key = store_key(model, criterion, windows, {}, weights_digest(model, stream))
 
     def make(on_layer: OnLayer) -> Prepared:
         return prepare(model, criterion, windows, ridge=RIDGE, tokens_per_batch=size, source=stream, on_layer=on_layer)
