@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
+import sys
 import traceback
 from typing import Annotated, Any
 
@@ -96,6 +98,8 @@ def top(
 
 def main() -> None:
     """Run the console script ``ffgym``."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # tables hold what ASCII lacks; stderr replaces it by itself
     try:
         with interruptible():
             app(prog_name="ffgym")

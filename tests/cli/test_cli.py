@@ -20,7 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 import ffgym
-from ffgym.cli import app
+from ffgym.cli.app import app, main
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.plugins import discovery, kinds, manager
@@ -53,7 +53,7 @@ class Result:
         return {"perplexity": 34.0, "infinite": float("inf"), "rows": [{"nan": float("nan")}]}
 
     def print(self, console: Any) -> None:
-        console.print("the table")
+        console.print("the table: 34.00 ± 0.10")
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_run_without_options_is_the_demo(runner: list[RunConfig]) -> None:
     done = call("run")
     assert done.exit_code == 0
     assert runner == [RunConfig()]
-    assert done.stdout == "the table\n"
+    assert done.stdout == "the table: 34.00 ± 0.10\n"
     assert "progress" in done.stderr
     assert "a library talks" in done.stderr
 
@@ -328,6 +328,17 @@ def test_a_full_disk_under_stdout_is_said_without_a_traceback(
             app(["ls", "agents"])
         monkeypatch.undo()
     assert capsys.readouterr().err.startswith("error: cannot write results: No space left on device")
+
+
+def test_what_a_terminal_cannot_show_is_replaced(runner: list[RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    stdout = io.TextIOWrapper(shown, encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["ffgym", "run"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    stdout.flush()
+    assert shown.getvalue() == b"the table: 34.00 ? 0.10\n"
 
 
 def test_a_refresh_writes_nowhere_else(tmp_path: Path) -> None:
