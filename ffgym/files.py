@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Generic, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from ffgym.errors import FFGymError, OutputError
@@ -201,7 +201,7 @@ def _next_step(error: Exception, way_out: str) -> str:
     return f"You may not write there: {way_out}." if code in FORBIDDEN else f"{way_out[0].upper()}{way_out[1:]}."
 
 
-def is_of_disk(error: Exception) -> bool:
+def is_of_disk(error: BaseException | None) -> bool:
     """Whether a disk refused something; safetensors and tokenizers only repeat what it said, the latter in no type."""
     return isinstance(error, OSError | SafetensorError) or (type(error) is Exception and "(os error " in str(error))
 
@@ -209,8 +209,8 @@ def is_of_disk(error: Exception) -> bool:
 def check_room(folder: Path, needed: int, what: str, hint: str) -> None:
     """Raise ``OutputError`` where the disk of a folder has less room than something needs, in bytes."""
     if (free := shutil.disk_usage(folder).free) < needed:
-        sizes = f"takes {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {folder}"
-        raise OutputError(f"{what} {sizes}", hint=hint)
+        size, room = (ByteSize(count).human_readable(decimal=True, separator=" ") for count in (needed, free))
+        raise OutputError(f"{what} takes {size}, and {room} are free in {folder}", hint=hint)
 
 
 @contextmanager

@@ -117,7 +117,8 @@ def weights_digest(model: Any, stream: LayerStream | None = None) -> str:
 
 def _add(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    content: Any = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()  # mypy takes it for no buffer
+    digest.update(content)
 
 
 def store_key(
@@ -225,14 +226,17 @@ def opened_or_prepared(
         OutputError: the disk has too little room for it.
     """
     place = cache_dir() / KIND / key
-    with _locked(place, notify):
+    with _locked(place, notify) as refused:
         if place.is_dir():
             if stored := _open(place, model, stream):
-                os.utime(place)
+                with suppress(OSError):  # a cache that may only be read
+                    os.utime(place)
                 notify(f"opened what was prepared before: {place}")
                 return replace(stored, store=place)
             notify(f"{place} is damaged, or not what its name says: preparing again")
-            shutil.rmtree(place, ignore_errors=True)
+        if refused is not None:
+            raise storage_error(refused, place) from refused
+        shutil.rmtree(place, ignore_errors=True)
         _check_room(place, model, keep)
         prepared: Prepared | None = None
 
@@ -255,8 +259,9 @@ def opened_or_prepared(
 
 
 @contextmanager
-def _locked(place: Path, notify: Notify) -> Iterator[None]:
-    lock = FileLock(lock_of(place))
+def _locked(place: Path, notify: Notify) -> Iterator[OSError | None]:
+    """Hold the lock of a store; yields why that cannot be had, as in a cache that may only be read."""
+    lock, refused = FileLock(lock_of(place)), None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -264,9 +269,9 @@ def _locked(place: Path, notify: Notify) -> Iterator[None]:
         notify("another process prepares the same model: waiting for it")
         lock.acquire()
     except OSError as error:
-        raise storage_error(error, place) from error
+        refused = error
     try:
-        yield
+        yield refused
     finally:
         lock.release()
 

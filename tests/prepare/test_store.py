@@ -272,7 +272,7 @@ class TestSize:
         self, told: Told, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
-        with pytest.raises(OutputError, match=r"the prepared model takes \d") as caught:
+        with pytest.raises(OutputError, match=r"the prepared model takes [\d.]+ [KM]B, and 10 B are free") as caught:
             go(told)
         assert "FFGYM_CACHE_SIZE=0" in (caught.value.hint or "")
         assert told.prepared == 0
@@ -290,6 +290,19 @@ class TestSize:
         with pytest.raises(AssetError, match="cannot be written") as caught:
             go(told)
         assert "FFGYM_CACHE" in (caught.value.hint or "")
+
+    def test_a_store_that_may_only_be_read_is_opened(self, told: Told, folder: Path) -> None:
+        store = go(told).store
+        assert store is not None
+        lock = cache.lock_of(store)
+        lock.unlink(missing_ok=True)
+        lock.mkdir()  # as little a file that can be locked as another account's
+        assert go(told).store == store
+        assert told.prepared == 1
+        (store / "layer-000.safetensors").write_bytes(b"damaged")
+        with pytest.raises(AssetError, match="cannot be written"):
+            go(told)
+        assert (store / "layer-000.safetensors").exists()
 
     def test_a_disk_that_fills_up_is_named_and_nothing_is_left(self, told: Told, small_files: Any) -> None:
         small_files(1000)
