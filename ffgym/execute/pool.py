@@ -18,7 +18,7 @@ LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
 START_SECONDS = 1800.0  # that workers may take to start while no other one works
 ATTEMPTS = 3  # of starting Ray, of starting a worker, and of a job
-KEPT = "What was measured is kept: the same command continues."
+KEPT = "What was measured is kept: `--resume` continues a run, the same command a bench."
 
 
 @dataclass(frozen=True)

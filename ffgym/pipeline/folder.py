@@ -22,7 +22,7 @@ from ffgym.config.toml import differences, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import COPY, FileFormat, check_writable, exclusive_lock, write_text
+from ffgym.files import COPY, FileFormat, check_writable, disk_errors, exclusive_lock, is_of_disk, write_text
 from ffgym.prepare import configured
 from ffgym.types import JSONDict
 
@@ -134,9 +134,10 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def remove_half_written(folder: Path) -> None:
-    """Remove models that were being written when the run was killed; the folder must be held, or one may be alive."""
-    for path in folder.glob(".model*.part-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what was being written when the run was killed; the folder must be held, or the run may be alive."""
+    for path in contents(folder):
+        if (left := LEFTOVER.fullmatch(path.name)) and _is_written(left[1]):
+            _remove(path)
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -236,6 +237,7 @@ def write_record(folder: Path, record: RunRecord) -> None:
 def noting_results(folder: Path) -> Iterator[None]:
     """Note, once the block has ended well, that the run is finished, and what it left."""
     yield
+    (folder / "report.html").unlink(missing_ok=True)  # of the unfinished run
     left = [path.name for path in contents(folder) if path.name == TABLE or path.name.startswith("model")]
     write_record(folder, replace(read_record(folder), results=tuple(left)))
 
@@ -284,12 +286,16 @@ def _measurements() -> frozenset[str]:
     return frozenset(f"{resource}.json" for resource in measured_resources())
 
 
+def _is_written(name: str) -> bool:
+    """Whether runs write files or folders of this name."""
+    return name in WRITTEN | _measurements() or WRITTEN_PER_POINT.fullmatch(name) is not None
+
+
 def _refuse_what_is_foreign(folder: Path) -> None:
     """Refuse to clear a folder that holds what no run wrote, e.g. somebody's project."""
     names = [LEFTOVER.sub(r"\1", path.name) for path in contents(folder)]
-    known = WRITTEN | _measurements()
-    foreign = [name for name in names if name not in known and not WRITTEN_PER_POINT.fullmatch(name)]
-    if foreign or not (folder / "config.toml").exists():
+    foreign = [name for name in names if not _is_written(name)]
+    if foreign or "config.toml" not in names:  # it may have been killed while it wrote that
         what = f"holds {foreign[0]}, which ffgym did not write" if foreign else "was not written by ffgym"
         raise OutputError(
             f"{folder} is not empty and {what}, so --overwrite will not clear it",
@@ -305,10 +311,14 @@ def clear_folder(folder: Path) -> None:
     """
     _refuse_what_is_foreign(folder)
     for path in contents(folder):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
@@ -348,17 +358,28 @@ def resume_command(folder: Path) -> str:
     return f"ffgym run --resume {shlex.quote(str(folder))}"
 
 
+def _logged(folder: Path) -> int:
+    """Bytes of the logs of episodes."""
+    return sum(log.stat().st_size for log in folder.glob("episodes*.jsonl"))
+
+
 @contextmanager
 def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterator[None]:
-    """After Ctrl-C, print what the run has found and where it is."""
+    """After Ctrl-C, or an error that came after new episodes, print what the run has found, and how it goes on."""
+    before = _logged(folder)
     try:
-        yield
-    except KeyboardInterrupt as stop:
+        with disk_errors():
+            yield
+    except (KeyboardInterrupt, Exception) as stop:
+        if isinstance(stop, OutputError) and is_of_disk(stop.__cause__) and _logged(folder):
+            stop.hint = f"Make room on the disk, or make it writable again, then continue: {resume_command(folder)}"
+        if isinstance(stop, Exception) and _logged(folder) <= before:  # a resumed run was refused, say
+            raise
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
             best = BEST_SO_FAR.read(path)
             reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.4f}) is in {path}")
-        elif log.exists() and log.stat().st_size:
+        elif _logged(folder):
             reporter(f"the episodes so far are in {log}")
         else:
             reporter("no episode has ended, so nothing is kept of this run")

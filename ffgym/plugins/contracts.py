@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 OUR_DEFECT = "This is a bug: please report it to ffgym, with the command and its output."
 THEIR_DEFECT = (
-    "The fault is in the plugin, not in ffgym: report it to the package's author. If that is you: give the same command"
-    " with FFGYM_TRACEBACK=1 in the environment, to see the whole traceback."
+    "The fault is in the plugin, not in ffgym: report it to the package's author. If that is you: try again with"
+    " FFGYM_TRACEBACK=1 in the environment, to see the whole traceback."
 )
 FINGERPRINT_PART = 1 << 22  # numbers whose bits are summed at once
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie

@@ -119,8 +119,13 @@ class Recorder:
             body = json.dumps(episode_to_json(episode)).encode()[:-1]
             self._digest.update(body)
             end = f', "seconds": {round(seconds, 3)}, "digest": "{_short(self._digest)}"}}\n'
-            self._file.write(body + end.encode())
-            self._file.flush()
+            try:
+                self._file.write(body + end.encode())
+                self._file.flush()
+            except OSError as error:
+                error.filename = self._file.name  # which the system leaves out
+                self._file.raw.close()  # or leaving the block would write once more, and fail without the name
+                raise
 
 
 def episode_to_json(episode: Episode) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_work_that_no_worker_survives_stops() -> None:
     crew = SleepingCrew(lambda worker: 0.0, dies=lambda worker, job: job > 0)
     with pytest.raises(WorkerError, match="3 workers were lost on the same measurement") as raised:
         update(crew, 1, requests(2))
-    assert "the same command continues" in str(raised.value.hint)
+    assert "`--resume` continues a run" in str(raised.value.hint)
 
 
 def test_a_late_worker_may_die_once_others_have_answered() -> None:

@@ -9,13 +9,15 @@ import pytest
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.errors import OutputError
+from ffgym.errors import OutputError, PluginError
 from ffgym.files import write_text
 from ffgym.pipeline.folder import (
     LOCK,
     claim_folder,
     clear_folder,
     folder_lock,
+    noting_results,
+    remove_half_written,
     removing_if_nothing_found,
     saying_what_is_kept,
 )
@@ -57,6 +59,42 @@ def test_after_ctrl_c_a_log_is_something_to_go_on_with(tmp_path: Path) -> None:
         f"the episodes so far are in {tmp_path / 'episodes.jsonl'}",
         f"continue where it stopped: ffgym run --resume {tmp_path}",
     ]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_after_an_error_new_episodes_are_something_to_go_on_with(tmp_path: Path, new: bool) -> None:
+    log, said = tmp_path / "episodes.jsonl", list[str]()
+    log.write_text("{}\n")
+
+    def run() -> None:
+        with saying_what_is_kept(tmp_path, said.append):
+            log.write_text("{}\n{}\n" if new else "{}\n")
+            raise PluginError("it failed", hint="Mend it.")
+
+    with pytest.raises(PluginError, match="Mend it"):
+        run()
+    assert (f"continue where it stopped: ffgym run --resume {tmp_path}" in said) == new
+
+
+def test_a_resumed_run_removes_what_it_was_writing_when_it_was_killed(tmp_path: Path) -> None:
+    for name in (".run.json.part-0123abcd", ".report.md.part-0123abcd", ".thesis.tex.part-0123abcd"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".model-0.20.part-0123abcd").mkdir()
+    remove_half_written(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".thesis.tex.part-0123abcd"]
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_configuration_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".config.toml.part-0123abcd").write_text("")
+    clear_folder(claim_folder(overwriting(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_of_an_unfinished_run_goes_when_it_is_finished(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("This run is not finished.")
+    with noting_results(tmp_path):
+        pass
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

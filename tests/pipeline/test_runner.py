@@ -852,17 +852,20 @@ def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("size", "what"), [(1, "config.toml"), (10_000, "results"), (20_000, "units_kept.png"), (10**6, "model")]
+    ("size", "what"), [(1, "config.toml"), (10_000, "episodes.jsonl"), (20_000, "units_kept.png"), (10**6, "model")]
 )
 def test_a_full_disk_is_an_error_wherever_it_shows(
     tmp_path: Path, small_files: Callable[[int], None], size: int, what: str
 ) -> None:
-    """The results that are the second to grow so large are the log of episodes."""
-    config = glass_config(tmp_path, search={"episodes": 32, "random_baseline": False})
+    config, said = glass_config(tmp_path, search={"episodes": 32, "random_baseline": False}), io.StringIO()
     small_files(size)
     with pytest.raises(OutputError, match=f"cannot write .*{what}: .*File too large") as raised:
-        finish(config)
-    assert raised.value.hint
+        pipeline.run(config, progress=Console(file=said, width=200))
+    found = what != "config.toml"
+    again = f"ffgym run --resume {tmp_path / 'out'}"
+    assert (f"continue where it stopped: {again}" in said.getvalue()) == found
+    hint = f"Make room on the disk, or make it writable again, then continue: {again}"
+    assert raised.value.hint == (hint if found else "Choose another place.")
 
 
 # Ctrl-C
