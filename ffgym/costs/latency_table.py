@@ -93,6 +93,8 @@ class Curve(Strict):
             raise ValueError(f"sizes must rise from 1 to {units}")
         if {len(self.seconds), len(self.low), len(self.high)} != {len(sizes)}:
             raise ValueError("one time and two quartiles belong to every size")
+        if any(not low <= median <= high for low, median, high in zip(self.low, self.seconds, self.high, strict=True)):
+            raise ValueError("a median must lie between its quartiles")
         return self
 
     @classmethod
@@ -151,6 +153,12 @@ class LatencyTable(Strict):
     whole_seconds: Seconds
     repetitions: Positive
     serving: Serving | None = None
+
+    @model_validator(mode="after")
+    def _has_a_curve_for_each_shape(self) -> LatencyTable:
+        if len({curve.shape for curve in self.curves}) < len(self.curves):
+            raise ValueError("two curves have the same shape")
+        return self
 
     @property
     def digest(self) -> str:

@@ -313,6 +313,8 @@ class Budget:
             changes.append("lower prune.align")
         if self.tied:
             changes.append("leave prune.uniform out")
+        if self.resource == "latency":
+            changes.append("look for a wrong time in the latency table")
         text = ", or ".join(changes or ["count another resource"])
         return f"{text[0].upper()}{text[1:]}."
 

@@ -94,6 +94,8 @@ class TestFile:
             ("seconds", [0.1, 0.0]),
             ("seconds", [0.1, float("inf")]),
             ("low", []),
+            ("low", [4e-3, 4e-3]),
+            ("high", [2e-3, 4e-3]),
         ],
     )
     def test_curves_that_are_none_are_refused(self, table, field, value):
@@ -101,6 +103,21 @@ class TestFile:
         plain["curves"][0][field] = value
         with pytest.raises(ValidationError):
             LatencyTable.model_validate_json(json.dumps(plain))
+
+    def test_two_curves_of_one_shape_are_refused(self, table):
+        curves = table.model_dump(mode="json")["curves"]
+        with pytest.raises(ValidationError, match="two curves have the same shape"):
+            changed(table, curves=[*curves, curves[0]])
+
+
+def test_a_budget_that_a_wrong_time_puts_out_of_reach_says_where_to_look(model, table):
+    curves = table.model_dump(mode="json")["curves"]
+    for times in ("seconds", "low", "high"):
+        curves[0][times] = [1e30, *curves[0][times][1:]]
+    tables = changed(table, curves=curves).cost_tables(layer_shapes(model))
+    with pytest.raises(BudgetError, match="out of reach") as raised:
+        Budget(PrunableModel(model).sublayers, tables, resource="latency").check(0.2)
+    assert "a wrong time in the latency table" in raised.value.hint
 
 
 class TestFit:
