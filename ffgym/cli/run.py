@@ -98,10 +98,12 @@ def plan(
     from ffgym.pipeline.settle import settle
     from ffgym.plan.table import show, to_json
     from ffgym.plugins import manager
+    from ffgym.prepare.parts import check_measurements
 
     config = settle(config)
     # search.init_from is not read: the run that writes that policy may come later
     found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
+    check_measurements(config)
     if as_json:
         print_json(to_json(found))
     else:

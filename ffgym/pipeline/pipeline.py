@@ -39,7 +39,7 @@ from ffgym.pipeline.training import train
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan
 from ffgym.prepare.configured import namesakes
-from ffgym.prepare.parts import check_texts, table_digest
+from ffgym.prepare.parts import check_measurements, check_texts
 from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.recover.text import gather
 from ffgym.report.progress import Reporter
@@ -101,7 +101,7 @@ def run(
     check_texts(config.data)
     if resume is None:
         check_output(config)  # again when it is claimed; before that, starting Ray would take a minute
-        table_digest(config)  # refuses resources that cannot be counted; a resumed run has its own latency table
+        check_measurements(config)  # a resumed run has its own latency table
     reporter.print(plan.summary)
     plan.check()
     with (

@@ -131,27 +131,35 @@ class Workload:
         return str(self.dtype).removeprefix("torch.")
 
 
-def shape_of(config: Any, name: str) -> ModelShape:
-    """The shape of the model that a transformers config describes; no memory of its size is needed.
+def skeleton_of(config: Any, name: str) -> Any:
+    """The model that a transformers config describes, on the meta device: every shape, and no memory of its size.
 
     Args:
         config: of a causal LM, or of a checkpoint of several towers, whose text model is meant.
         name: what the user called it.
 
     Raises:
-        ModelError: an unsupported architecture, or a config that no model can be made from.
+        ModelError: a config that no model can be made from.
     """
     from transformers import AutoModelForCausalLM
 
-    is_whole, saved_as = not has_towers(config.to_dict()), config.dtype
-    config = config if is_whole else config.text_config
     try:
         with quiet(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(_text_config(config))
     except Exception as error:  # wrong values fail in as many ways as there are layers
         if is_out_of_memory(error):
             raise
         raise loading_error(error, name, name) from error
+
+
+def shape_of(config: Any, name: str) -> ModelShape:
+    """The shape of that model; see `skeleton_of` for the arguments.
+
+    Raises:
+        ModelError: an unsupported architecture, or a config that no model can be made from.
+    """
+    model, saved_as = skeleton_of(config, name), config.dtype
+    is_whole, config = not has_towers(config.to_dict()), _text_config(config)
     family = family_of(model)
     saved_as = saved_as or config.dtype
     return ModelShape(
@@ -165,3 +173,7 @@ def shape_of(config: Any, name: str) -> ModelShape:
         has_towers=not is_whole,
         is_quantised=getattr(config, "quantization_config", None) is not None,
     )
+
+
+def _text_config(config: Any) -> Any:
+    return config.text_config if has_towers(config.to_dict()) else config

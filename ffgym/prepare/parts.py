@@ -13,6 +13,7 @@ import torch
 
 from ffgym.config.mixture import Corpora, shares
 from ffgym.config.tables import DataTable, RunConfig
+from ffgym.costs.latency_cache import check_context
 from ffgym.costs.resource import (
     Costs,
     Resource,
@@ -32,8 +33,9 @@ from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import family_of
-from ffgym.models.loading import LoadedModel, load
+from ffgym.models.loading import LoadedModel, config_of, load
 from ffgym.models.placement import tokens_per_batch
+from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
@@ -238,6 +240,23 @@ def table_digest(config: RunConfig) -> str | None:
     """
     files = ((resource, named_table(config, name)) for name, resource in counted_resources(config).items())
     return next((resource.digest_of(file) for resource, file in files if file is not None), None)
+
+
+def check_measurements(config: RunConfig) -> None:
+    """Refuse resources that cannot be counted, and files of measurements that a run could not use; loads no weights.
+
+    Raises:
+        ConfigError: a named file is missing or damaged; also as `counted_resources`.
+        BudgetError: it is for another model or context, or latency is to be timed on more tokens than the model takes.
+    """
+    for name, resource in counted_resources(config).items():
+        if not resource.is_measured():
+            continue
+        model = skeleton_of(config_of(config.model.name, revision=config.model.revision), config.model.name)
+        if named_table(config, name) is not None:
+            costs_in(resource, config, model)
+        elif name == "latency":
+            check_context(config.prune.context, int(model.config.max_position_embeddings))
 
 
 def costs_in(

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from latency_tables import made_up_table
 from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
+from ffgym.costs.latency_table import to_json
 from ffgym.errors import FitError, ModelError
 from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
@@ -27,7 +29,7 @@ from ffgym.plan import counts
 from ffgym.plan.counts import Stage
 from ffgym.plan.machine import Speed, free_memory, measure_speed
 from ffgym.plan.plan import Plan
-from ffgym.plan.shape import ModelShape, Workload, shape_of
+from ffgym.plan.shape import ModelShape, Workload, shape_of, skeleton_of
 from ffgym.plugins import manager
 from ffgym.prepare.planning import placed
 from ffgym.pruning.factors import factor_bytes
@@ -93,6 +95,7 @@ def test_a_config_gives_the_shape_of_the_model(family: str, tmp_path: Path) -> N
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.sublayers == tuple(family_of(model).sublayers(model))
     assert shape.hidden == model.config.hidden_size
+    made_up_table(model).check_fits(skeleton_of(config_of(str(tmp_path)), "tiny"), context=64, source="its own")
 
 
 def test_embeddings_may_be_narrower_than_the_layers(tmp_path: Path) -> None:
@@ -430,3 +433,44 @@ class TestPlacement:
         assert streamed.needed < tight.needed / 3
         assert "--set model.placement=stream" in tight.advice
         assert placed(AUTO, hopeless) == hopeless
+
+
+# the latency table that a run would count
+
+
+def planned_latency(model: Any, folder: Path, text: str | None, context: int = 64) -> Any:
+    model.config.save_pretrained(folder)
+    named = []
+    if text is not None:
+        (folder / "times.json").write_text(text)
+        named = ["--latency-table", str(folder / "times.json")]
+    window = ("--set", "data.window=64", "--set", f"prune.context={context}")
+    return call(str(folder), "--resource", "latency", *named, *window, "--json")
+
+
+def test_a_latency_table_of_the_model_is_taken(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    done = planned_latency(model, tmp_path, to_json(made_up_table(model)))
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "context", "complaint"),
+    [
+        (to_json(made_up_table(tiny_model("qwen2"))), 64, "another model: family 'qwen2', here 'llama'"),
+        (to_json(made_up_table(tiny_model("llama"))), 32, "timed on 64 tokens, prune.context is 32"),
+        (to_json(made_up_table(tiny_model("llama")))[:300], 64, "is no latency table, or a damaged one"),
+        (None, 4096, "takes at most 128"),
+    ],
+)
+def test_what_a_latency_run_would_refuse_is_refused(
+    text: str | None, context: int, complaint: str, tmp_path: Path
+) -> None:
+    done = planned_latency(tiny_model("llama"), tmp_path, text, context)
+    assert (done.exit_code, complaint in done.stderr) == (1, True), done.output
+
+
+def test_a_latency_table_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
+    done = call(str(folder), "--resource", "latency", "--latency-table", str(tmp_path / "nope.json"))
+    assert (done.exit_code, "nope.json" in done.stderr) == (1, True), done.output
