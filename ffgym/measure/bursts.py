@@ -25,6 +25,7 @@ from ffgym.measure.engines import HOST, Running, Server, Setting, running
 from ffgym.measure.speed import Workload
 
 ANSWER_SECONDS = 900
+END_SECONDS = 1  # a connection may close a moment before its server has ended
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def send(server: Running, prompts: Sequence[str], output_tokens: int) -> Burst:
         answers = pool.map(partial(ask, server, output_tokens=output_tokens), prompts)
         return Burst(tuple(answers))
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise server.failed(f"did not answer a request: {error or type(error).__name__}") from error
+        ending = server.ending(END_SECONDS)
+        unanswered = f"did not answer a request: {error or type(error).__name__}"
+        raise server.failed(unanswered if ending is None else f"{ending} while it answered") from error
     finally:  # after Ctrl-C, requests under way end with their server
         pool.shutdown(wait=False, cancel_futures=True)
 

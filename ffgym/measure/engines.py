@@ -300,12 +300,20 @@ class Running:
     server: Server
     port: int
     log: Path
+    process: subprocess.Popen[bytes]
 
     @property
     def cache_tokens(self) -> int | None:
         """Tokens that its KV cache holds; ``None`` where the engine does not say."""
         found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(encoding="utf-8", errors="replace"))
         return int(found[1].replace(",", "")) if found else None
+
+    def ending(self, seconds: float = 0) -> str | None:
+        """How it ended, e.g. ``"ended with signal 9"``; ``None`` where it still runs after so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self.process.wait(seconds)
+            return f"ended with signal {-status}" if status < 0 else f"ended with exit status {status}"
+        return None
 
     def failed(self, what: str) -> ModelError:
         """The error for a server that does not do what it should."""
@@ -347,26 +355,25 @@ def running(server: Server, log: Path) -> Iterator[Running]:
                 start_new_session=True,
                 preexec_fn=None if C_LIBRARY is None else _end_with_parent,
             )
-        started = Running(server, port, log)
-        _wait(process, started)
+        started = Running(server, port, log, process)
+        _wait(started)
         yield started
     finally:
         if process is not None:
             _end(process)
 
 
-def _wait(process: subprocess.Popen[bytes], started: Running) -> None:
+def _wait(started: Running) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            how = f"signal {-process.returncode}" if process.returncode < 0 else f"exit status {process.returncode}"
-            raise started.failed(f"ended with {how} before it answered")
+        if (ending := started.ending()) is not None:
+            raise started.failed(f"{ending} before it answered")
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection(HOST, started.port, timeout=5)
             with contextlib.closing(connection):
                 connection.request("GET", "/health")
                 is_up = connection.getresponse().status == http.client.OK
-                if is_up and process.poll() is None:  # else somebody else answers on its port
+                if is_up and started.ending() is None:  # else somebody else answers on its port
                     return
         time.sleep(0.1)
     raise started.failed(f"did not answer within {START_SECONDS // 60} minutes")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from ffgym.costs.latency_cache import BUSY
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError, ModelError
 from ffgym.export.refresh import is_current
@@ -103,6 +104,12 @@ class ServingMeasurement:
     together: bool
     arguments: tuple[str, ...]
 
+    @property
+    def noise(self) -> float:
+        """Distance of the quartiles of a ratio to the dense model as a share of it, the median over all ratios."""
+        ratios = [each.ratio for each in self.served if each.model != DENSE]
+        return float(np.median([(ratio.high - ratio.low) / ratio.median for ratio in ratios]))
+
     def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
         """Speeds, then ratios, how all was measured under them."""
         speeds = [
@@ -124,13 +131,21 @@ class ServingMeasurement:
         tokens = str(most) if fewest == most else f"{fewest} to {most}"
         threads = "" if self.threads is None else f", {counted(self.threads, 'thread')}"
         turns = "servers that take turns" if self.together else "servers that are started anew for each turn"
+        if self.repetitions == 1:
+            figures = f"One repetition with {turns}, so noise cannot be seen."
+        else:
+            figures = f"Medians of {self.repetitions} repetitions with {turns}, quartiles in brackets."
         lines = [
             f"Dense: {self.dense}. Pruned: {self.pruned}. {self.engine}, {self.dtype}, {self.device}, "
             f"{counted(self.processors, 'processor')}{threads}.",
-            f"Medians of {counted(self.repetitions, 'repetition')} with {turns}, quartiles in brackets. {tokens} "
-            "tokens an answer, as the server counts them. Ratios are those within a repetition."
+            f"{figures} {tokens} tokens an answer, as the server counts them. Ratios are those within a repetition."
             + (f" Dense, as pruned: {AS_PRUNED}." if any(each.backend_ratio for each in self.served) else ""),
         ]
+        if self.noise > BUSY:
+            lines.append(
+                f"The ratios differ by {self.noise:.0%} from quartile to quartile: the machine was busy. Measure again"
+                " when it is quiet."
+            )
         if self.arguments:
             lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")
         if self.cache_tokens:

@@ -1,13 +1,14 @@
 """A server as the engines' are, without a model: tokens at a fixed pace, and what it was asked in the file FAKE_LOG.
 
 Run with ``-c`` it is a Python that has vLLM FAKE_VERSION, and a GPU called FAKE_GPU. FAKE_DIES (what it says then),
-FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS change what it does.
+FAKE_TOKENS, FAKE_REFUSES, FAKE_HANGS, FAKE_KILLED (amid an answer) change what it does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ class Handler(BaseHTTPRequestHandler):
         for index in range(tokens):
             time.sleep(NEXT_SECONDS if index else FIRST_SECONDS)
             self.say({"choices": [{"text": "" if index == 0 else "a"}]})
+            if "FAKE_KILLED" in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
         self.say({"choices": [], "usage": {"completion_tokens": tokens}})
         self.wfile.write(b"data: [DONE]\n\n")
 

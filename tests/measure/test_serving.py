@@ -22,9 +22,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
+from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError, ModelError
 from ffgym.measure import engines
-from ffgym.measure.serving import Options, ServingMeasurement, measure_serving
+from ffgym.measure.serving import Options, Served, ServingMeasurement, measure_serving
+from ffgym.measure.speed import Workload
 from ffgym.models.loading import load
 from ffgym.plan import machine
 
@@ -209,6 +211,18 @@ def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log:
     assert_no_process_is_left(log)
 
 
+@pytest.mark.parametrize(("low", "is_busy"), [(0.9, False), (0.7, True)])
+def test_a_busy_machine_is_said_where_repetitions_differ(low: float, is_busy: bool) -> None:
+    one, ratio = Spread(1.0, 1.0, 1.0), Spread(1.0, low, 1.0)
+    served = [Served(model, Workload(1, 16), one, one, one, ratio, None) for model in ("dense", "pruned")]
+    facts: dict[str, Any] = {"cache_tokens": {}, "device": "x", "processors": 1, "threads": 1, "dtype": "float32"}
+    found = ServingMeasurement(
+        "vllm", "a", "b", (served[0], served[1]), (4, 4), repetitions=2, together=True, arguments=(), **facts
+    )
+    notes = " ".join(found.tables()[1].notes)
+    assert ("The ratios differ by 30% from quartile to quartile: the machine was busy." in notes) == is_busy
+
+
 # what is refused
 
 
@@ -269,6 +283,15 @@ def test_answers_that_are_none_are_errors(
         silently(options(pruned))
     assert_no_process_is_left(log)
     assert len(list(tmp_path.glob("ffgym-*.log"))) == 1, "not one a request"
+
+
+def test_a_server_that_is_killed_amid_answers_is_said_to_have_ended(
+    pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_KILLED", "1")
+    with pytest.raises(ModelError, match="'dense' ended with signal 9 while it answered"):
+        silently(options(pruned))
+    assert_no_process_is_left(log)
 
 
 def test_engines_that_are_not_installed_name_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +393,9 @@ def test_the_table_fits_a_terminal_and_json_is_pure(pruned: Path, log: Path, tmp
     assert done.exit_code == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "dense, as pruned" in done.stdout
-    assert "More arguments of the engine: --a b c." in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "More arguments of the engine: --a b c." in said
+    assert "One repetition with servers that take turns, so noise cannot be seen." in said
     assert "| 1 x 16 | pruned |" in (tmp_path / "table.md").read_text()
     assert "b c" in noted(log, "asked")[-1]["arguments"]
     data = json.loads(ask(*given, "--json").stdout)
