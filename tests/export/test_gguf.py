@@ -434,7 +434,7 @@ def test_an_output_matrix_that_only_the_config_calls_tied_is_written(tmp_path: P
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
     assert "'q4_0'" in error.message
-    assert error.hint == "Use one of f32, f16, bf16."
+    assert error.hint == "Use one of f32, f16, bf16; for fewer bits, quantise an f16 file with llama-quantize."
     assert "Did you mean bf16? " in str(refused(pruned("llama", UNEVEN), tmp_path / "again", dtype="bfloat16").hint)
 
 

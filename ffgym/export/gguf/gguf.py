@@ -79,7 +79,10 @@ class Gguf(ExportFormat):
             near = next(
                 (f"Did you mean {name}? " for name, (kind, *_) in DTYPES.items() if f"torch.{dtype}" == str(kind)), ""
             )
-            raise ModelError(f"GGUF dtype {dtype!r} is unknown", hint=f"{near}Use one of {', '.join(DTYPES)}.")
+            raise ModelError(
+                f"GGUF dtype {dtype!r} is unknown",
+                hint=f"{near}Use one of {', '.join(DTYPES)}; for fewer bits, quantise an f16 file with llama-quantize.",
+            )
         check_file(place, [".gguf"], overwrite=overwrite)
         config, checkpoint = read_checkpoint(folder)
         contents = read_contents(config, checkpoint)
