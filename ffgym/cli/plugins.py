@@ -69,7 +69,8 @@ def new(
     folder = write_package(kind, name, output.expanduser())
     typer.echo(f"{folder} has {'an' if kind == 'agent' else 'a'} {kind} that works. Install it, test it, run it:\n")
     place = shlex.quote(str(folder))
-    for command in (f"pip install --editable {place}", f"pytest {place}", f"ffgym run {OPTIONS[kind]} {name}"):
+    install, test = f"pip install --editable {place} pytest", f"python -m pytest {place}"
+    for command in (install, test, f"ffgym run {OPTIONS[kind]} {name}"):
         typer.echo(f"  {command}")
 
 

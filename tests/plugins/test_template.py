@@ -53,7 +53,9 @@ def test_the_command_says_what_comes_next(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["new", "reward", "mine", "--output", str(place)])
     assert done.exit_code == 0
     assert "ffgym run --reward mine" in done.stdout
-    assert f"pip install --editable '{place / 'ffgym-mine'}'\n" in done.stdout
+    folder = f"'{place / 'ffgym-mine'}'"
+    assert f"pip install --editable {folder} pytest\n" in done.stdout, "ffgym does not bring pytest"
+    assert f"python -m pytest {folder}\n" in done.stdout, "not another environment's"
     assert (place / "ffgym-mine" / "ffgym_mine" / "__init__.py").is_file()
     with pytest.raises(OutputError, match="exists already"):
         write_package("reward", "mine", place)
