@@ -56,7 +56,7 @@ class Lora(Recovery):
 
     name = "lora"
     learning_rate = 5e-4
-    requires: ClassVar[Mapping[str, str]] = {"peft": "pip install 'ffgym[recover]'  (or: pip install 'peft>=0.17,<1')"}
+    requires: ClassVar[Mapping[str, str]] = {"peft": "pip install 'ffgym[recover]'"}
     free_options = frozenset({"checkpoint_every", "gradient_checkpointing"})
 
     class Config(PluginConfig):

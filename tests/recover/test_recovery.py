@@ -398,8 +398,9 @@ def test_a_run_says_before_its_search_what_its_recovery_lacks(
 
 def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecoveryError, match="needs the package peft"):
+    with pytest.raises(RecoveryError, match="needs the package peft") as caught:
         go(glass_config(tmp_path, **changes(method="lora")))
+    assert caught.value.hint == "Install it: pip install 'ffgym[recover]'", "which versions only pyproject.toml says"
     assert not (tmp_path / "out").exists()
 
 
