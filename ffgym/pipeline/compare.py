@@ -148,7 +148,8 @@ def final_refits(
         note = _ahead(task, [*rows, ridge], heuristics, kept)
         ridge = replace(ridge, same_as=_same_as(heuristics, kept, refitted), note=note)
         if not config.output.sequential:
-            return _saved(task, found, [*rows, replace(ridge, is_saved=True)], model)
+            note = "; ".join(filter(None, (ridge.note, "the saved model" if config.output.save_model else "")))
+            return _saved(task, found, [*rows, replace(ridge, note=note, is_saved=True)], model)
         ridge_loss = _loss_in_finals(task, refitted, reporter)
     refit = f"sequential {refitted}"
     with cut_to(task, kept, "sequential", reporter):

@@ -67,6 +67,7 @@ class RunResult:
         if self.saved is not None:
             broken = self.table.warning is not None and self.recovered is None
             load += [
+                f"Saved: {self.table.saved.label}",
                 "To look at it all the same, load it with" if broken else "Load the pruned model with",
                 f"  {load_line(self.saved.path)}",
             ]

@@ -217,6 +217,7 @@ def test_the_result_is_printed_with_the_line_that_loads_the_model(finished: Fini
     finished.result.print(console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "uniform + ridge" in text
+    assert f"Saved: {finished.result.table.saved.label}\n" in text
     assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in text
     assert str(finished.result.mlflow_run) in text
 
@@ -532,6 +533,7 @@ def test_without_the_sequential_refit_the_nested_one_is_saved(finished_with: Cal
     one = finished_with(output={"sequential": False}, search={"random_baseline": False})
     assert list(one.rows)[-3:] == ["MLPs only, ends spared + ridge", "reinforce, plain", "reinforce + ridge"]
     assert len(one.rows) == 5
+    assert "- reinforce + ridge: the saved model.\n" in (one.folder / "report.md").read_text()
     assert not (one.folder / "episodes-random.jsonl").exists()
 
 
