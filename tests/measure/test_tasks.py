@@ -246,6 +246,15 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(names, com
     assert caught.value.hint
 
 
+def test_what_only_lm_eval_measures_has_its_command_which_loads_a_saved_model():
+    with pytest.raises(ConfigError) as caught:
+        load_tasks(["gsm8k"])
+    assert caught.value.hint.endswith("pretrained=FOLDER,trust_remote_code=True --tasks gsm8k")
+    with pytest.raises(ConfigError, match="'own/law.yaml' is a definition of your own") as caught:
+        load_tasks(["own/law.yaml"])
+    assert "trust_remote_code=True --tasks NAME --include_path own," in caught.value.hint
+
+
 @pytest.mark.parametrize(("task", "what"), [("xnli_va", "data set"), ("kobest_wic", "metric")])
 def test_downloaded_code_is_never_run(task, what):
     with pytest.raises(DataError, match=f"{task!r} needs code that is downloaded with its {what}, which is never run"):
