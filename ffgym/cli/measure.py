@@ -258,7 +258,7 @@ def evaluate(
 
     ffgym eval demo runs/my-run/model --tasks piqa,arc_easy --limit 100
 
-    ffgym eval demo runs/my-run/model --text my.txt
+    ffgym eval demo runs/my-run/model --text held-out.txt
     """
     from rich.console import Console
 

@@ -160,6 +160,11 @@ def _notes(table: TaskTable) -> list[str]:
                     f"{model.name}, {result.task}: {result.not_finite:,} log-likelihoods are not finite; the model is"
                     " broken, and the figures mean nothing."
                 )
+            if result.uses:
+                notes.append(
+                    f"{result.task} is what {model.name} was {' and '.join(result.uses)} on: it looks better there"
+                    " than on other text."
+                )
             if result.text is not None and len({text.digest for text in _losses(table, result.task) if text}) > 1:
                 notes.append(f"{result.task}: tokenizers differ, and so perplexities of a token do not compare.")
             if result.truncated:
@@ -211,6 +216,7 @@ def _model_dict(table: TaskTable, index: int) -> JSONDict:
                 "split": result.split,
                 "window": result.text.window,
                 "windows": result.text.digest,
+                "uses": result.uses,
                 "losses": result.text.losses,
                 "metrics": _figures(result.metrics),
                 **difference_data(_differences(table, result.task)[index]),

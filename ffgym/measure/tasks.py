@@ -68,6 +68,7 @@ class TaskResult:
         truncated: requests that did not fit the model's context and lost their beginning.
         not_finite: requests whose log-likelihood is no number; the figures of such a model mean nothing.
         text: what was lost on a text; ``None`` for a task.
+        uses: of a text, what was done with it when the model was made, see `uses_of`.
     """
 
     task: str
@@ -79,6 +80,7 @@ class TaskResult:
     truncated: int = 0
     not_finite: int = 0
     text: TextLosses | None = None
+    uses: tuple[str, ...] = ()
 
     def metric(self, *names: str) -> Figure:
         """The first of these metrics that the task has."""
@@ -146,16 +148,18 @@ def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: 
 
 def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress: Progress) -> TaskResult:
     """The perplexity on a text; its standard error is the loss's times the perplexity."""
-    from ffgym.measure.texts import text_losses
+    from ffgym.measure.texts import text_losses, uses_of
     from ffgym.models.modes import own_modes
 
     with own_modes():
         found = text_losses(model.model, model.tokenizer, corpus, limit=limit, on_progress=on_progress)
+    uses = uses_of(corpus, Path(model.name))
     count, broken = len(found.losses), sum(not math.isfinite(loss) for loss in found.losses)
     perplexity = perplexity_of(sum(found.losses) / count)
     error = None if broken else standard_error(found.losses)
     figure = Figure("perplexity", perplexity, None if error is None else error * perplexity, False)
-    return TaskResult(corpus.name, "", corpus.split, count, count, (figure,), not_finite=broken, text=found)
+    result = TaskResult(corpus.name, "", corpus.split, count, count, (figure,), not_finite=broken)
+    return replace(result, text=found, uses=uses)
 
 
 def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> tuple[Figure, ...]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ffgym.data.corpora import Corpus
+from ffgym.config.mixture import shares
+from ffgym.data.corpora import Corpus, load_text
 from ffgym.data.splits import adds_bos, first_windows, windows_digest
-from ffgym.errors import DataError
+from ffgym.errors import DataError, FFGymError
 from ffgym.evaluation.perplexity import check_logits, evaluate
+from ffgym.models.origin import texts_of
 from ffgym.types import Bos
 
 LONGEST_WINDOW = 1024  # tokens
@@ -70,3 +73,22 @@ def text_losses(
 
     losses = evaluate(model, windows, on_batch=advance).losses
     return TextLosses(tuple(losses), length, windows_digest(windows))
+
+
+def uses_of(corpus: Corpus, folder: Path) -> tuple[str, ...]:
+    """What was done with a text, by any name, when a saved model was made: ``"calibrated"``, ``"searched"``, ...
+
+    Only what is here is compared with the text: nothing is fetched for this.
+    """
+
+    def is_same(name: str) -> bool:
+        if name != corpus.name and not Path(name).expanduser().exists():
+            return False
+        try:
+            return load_text(name, role="calibration").digest == corpus.digest
+        except FFGymError:
+            return False
+
+    texts = {how: shares(corpora) for how, corpora in texts_of(folder).items()}
+    same = {name: is_same(name) for name in {name for names in texts.values() for name in names}}
+    return tuple(how for how, names in texts.items() if any(same[name] for name in names))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from ffgym.config.mixture import Corpora
 from ffgym.data.hub import is_hub_id
 from ffgym.errors import ConfigError, ModelError
 from ffgym.files import FileFormat
@@ -37,8 +38,25 @@ class _Began(BaseModel):
     dense: str | None = None
 
 
+class _RecordedTexts(BaseModel):
+    calibration: Corpora = ()
+    search: Corpora = ()
+
+
+class _Named(BaseModel):
+    name: str = ""
+    corpus: str = ""
+
+
+class _Making(BaseModel):
+    data: _RecordedTexts = _RecordedTexts()
+    agent: _Named = _Named()
+    recover: _Named = _Named()
+
+
 SAY_WHICH = "Name the dense model with --dense MODEL."
 RECORD = FileFormat("record of a dense model", _Record, ConfigError, SAY_WHICH)
+MAKING = FileFormat("record of a model's texts", _Making, ConfigError, SAY_WHICH)
 BEGAN = FileFormat("record of a run's sessions", _Began, ConfigError, SAY_WHICH)
 LICENSE_KEYS = ("license", "license_name", "license_link")
 CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
@@ -144,6 +162,26 @@ def recorded_dense_model(folder: Path) -> DenseModel | None:
     card = folder / "README.md"
     base = _line(_front_matter(card), "base_model")
     return None if base is None else DenseModel("demo" if base == DEMO_BASE else base, None, str(card))
+
+
+def texts_of(folder: Path) -> dict[str, Corpora]:
+    """The text that a saved model was ``"calibrated"``, ``"searched"`` and ``"trained"`` on, by what its record says.
+
+    Empty where there is no record that can be read. A ``config.toml`` beside a model that no run saved is not its own.
+    """
+    own, run = record_files(folder)
+    files = [own, run] if folder.resolve().name in models_of_run(run.parent) else [own]
+    file = next((file for file in files if file.is_file()), None)
+    try:
+        made = _Making() if file is None else MAKING.read(file)
+    except ConfigError:
+        return {}
+    texts = {"calibrated": made.data.calibration, "searched": made.data.search}
+    if made.agent.name == "one-shot":
+        del texts["searched"]
+    if (folder / "recovery.json").is_file():
+        texts["trained"] = made.recover.corpus or made.data.calibration
+    return texts
 
 
 def _found_again(model: DenseModel, record: Path) -> DenseModel:

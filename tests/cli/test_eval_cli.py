@@ -206,6 +206,26 @@ def test_models_are_compared_with_the_first_one_on_the_same_windows(folder: Path
     assert "Only the first" not in shown
 
 
+def test_text_that_a_model_was_made_from_is_said_by_whatever_name(folder: Path, text: Path, tmp_path: Path) -> None:
+    copy, other, run = tmp_path / "copy.txt", tmp_path / "other.txt", tmp_path / "run"
+    copy.write_text(text.read_text())
+    other.write_text(text.read_text().replace("w1 ", "w2 "))
+    for name in ("model", "model-recovered"):
+        shutil.copytree(folder, run / name)
+    (run / "model-recovered" / "recovery.json").write_text("{}")
+    data = f'calibration = "{text}"\nsearch = ["3*{copy}", "{other}"]\nreport = "{other}"'
+    (run / "config.toml").write_text(f'[data]\n{data}\n[agent]\nname = "cma-es"\n[recover]\ncorpus = "{other}"\n')
+    arguments = (str(run / "model"), str(run / "model-recovered"), str(folder), "--limit", "2")
+    shown = " ".join(call(*arguments, "--text", str(copy)).stdout.split())
+    assert f"{copy} is what {run}/model was calibrated and searched on: it looks better there than on" in shown
+    assert shown.count("it looks better") == 2
+    models = json.loads(call(*arguments, "--text", str(other), "--json").stdout)["models"]
+    uses = [model["texts"][str(other)]["uses"] for model in models]
+    assert uses == [["searched"], ["searched", "trained"], []]
+    (run / "config.toml").write_text("no TOML")
+    assert "it looks better" not in call(*arguments, "--text", str(copy)).stdout
+
+
 def test_models_of_two_tokenizers_are_not_compared(folder: Path, text: Path, tmp_path: Path) -> None:
     other = shutil.copytree(folder, tmp_path / "other")
     words = json.loads((other / "tokenizer.json").read_text())
