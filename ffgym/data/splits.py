@@ -120,7 +120,7 @@ def make_splits(
 
     Raises:
         DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
-            that is missing or too short, or two that hold the same text.
+            that is missing, too short or repeats itself, or two that hold the same text.
     """
     import torch
 
@@ -206,10 +206,10 @@ def _check_named_once(demands: Sequence[_Demand]) -> None:
 
 
 def _check_apart(splits: Sequence[Split]) -> None:
-    """Refuse two corpora that hold the same text, such as a copy in another format; one text is cut apart anyway.
+    """Refuse two corpora that hold the same text, such as a copy in another format, and one that repeats itself.
 
     Within a mixture too, or windows for rewards could repeat those for the finals. Quotations and boilerplate that two
-    real corpora share are far less than ``MOST_REPEATED`` of either.
+    real corpora share, or two parts of one, are far less than ``MOST_REPEATED`` of either.
     """
     members = [
         (split.role, part.corpus, run_hashes(part.text.numpy().reshape(1, -1), REPEATED_TOKENS))
@@ -217,16 +217,21 @@ def _check_apart(splits: Sequence[Split]) -> None:
         for part in split.parts
     ]
     for (role, corpus, its), (other_role, other, others) in permutations(members, 2):
-        if corpus.digest == other.digest or not its.size:
+        repeated = float(np.isin(its, others).mean()) if its.size else 0.0
+        if repeated <= MOST_REPEATED:
             continue
-        repeated = float(np.isin(its, others).mean())
-        if repeated > MOST_REPEATED:
+        if corpus.digest == other.digest:
             raise DataError(
-                f"corpus {corpus.name!r} of data.{role} and corpus {other.name!r} of data.{other_role} hold the same "
-                f"text: {repeated:.0%} of what is read of the first stands in the second too, in runs of "
-                f"{REPEATED_TOKENS} tokens or more",
-                hint="Name one text once for both, which is then cut apart, or two different ones.",
+                f"corpus {corpus.name!r} repeats itself: {repeated:.0%} of what data.{role} reads of it stands in "
+                f"data.{other_role}'s part, too, in runs of {REPEATED_TOKENS} tokens or more",
+                hint="Remove the duplicates, or name another text for one of the two.",
             )
+        raise DataError(
+            f"corpus {corpus.name!r} of data.{role} and corpus {other.name!r} of data.{other_role} hold the same "
+            f"text: {repeated:.0%} of what is read of the first stands in the second too, in runs of "
+            f"{REPEATED_TOKENS} tokens or more",
+            hint="Name one text once for both, which is then cut apart, or two different ones.",
+        )
 
 
 def windows_digest(windows: torch.Tensor) -> str:

@@ -198,6 +198,22 @@ def test_a_quotation_is_no_copy(corpora, tmp_path):
     assert len(splits_of(asked, PLAIN, context_limit=64).report.windows) == 15
 
 
+@pytest.mark.parametrize(("new", "is_refused"), [(500, True), (1900, False)])
+def test_a_text_that_repeats_itself_is_refused_where_two_roles_read_it(corpora, tmp_path, new, is_refused):
+    """Its end has some new words, and then its beginning once more, as a file that was appended to."""
+    file = tmp_path / "twice.txt"
+    file.write_text(f"{words(0, 1000)} {words(1000, new)} {words(0, 1000)}")
+    sizes = {"window": 60, "calibration_tokens": 60, "search_tokens": 900, "report_tokens": 960}
+    asked = config(corpora["b"], str(file), str(file), **sizes)
+    if not is_refused:  # what repeats is not read
+        assert len(splits_of(asked, PLAIN, context_limit=64).report.windows) == 16
+        return
+    refused = r"twice\.txt' repeats itself: 37% of what data\.search reads of it stands in data\.report's part"
+    with pytest.raises(DataError, match=refused) as raised:
+        splits_of(asked, PLAIN, context_limit=64)
+    assert "Remove the duplicates" in raised.value.hint
+
+
 NUMBERS = """
 import ffgym
 
