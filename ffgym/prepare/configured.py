@@ -18,6 +18,8 @@ from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, is_name, validated
 from ffgym.types import JSONDict
 
+# Of its target, a sparsity that a cubic ramp has come to: the last update of the paper's 1,000 episodes is below it.
+NEARLY = 0.99
 ALL_TABLES = tuple(kind.table for kind in KINDS.values() if kind.table)
 
 
@@ -140,7 +142,7 @@ def _is_heuristic(name: str) -> bool:
 
 
 def check_agent_fits(config: RunConfig) -> None:
-    """Refuse what an agent cannot do: too few episodes, a range of budgets, one shape for all layers.
+    """Refuse what an agent cannot do: too few episodes, also for a ramp, a range of budgets, one shape for all layers.
 
     Args:
         config: as `resolve_agent` returns it.
@@ -162,6 +164,8 @@ def check_agent_fits(config: RunConfig) -> None:
             f"{cost} episodes{slopes}",
             hint=f"Raise search.episodes{lower}.",
         )
+    if config.schedule.ramp_episodes is not None and name != "one-shot":
+        _check_ramps_end(config, size)
     if config.prune.uniform and agent.slope_episodes:
         raise ConfigError(
             f"prune.uniform ties all layers to one shape, and agent {name!r} follows slopes, for which each layer "
@@ -174,4 +178,22 @@ def check_agent_fits(config: RunConfig) -> None:
             f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {name!r}{prior} proposes "
             "the same at every target",
             hint="Use --agent reinforce, or run one target at a time, e.g. --sparsity 0.2.",
+        )
+
+
+def _check_ramps_end(config: RunConfig, size: int) -> None:
+    """Refuse ramps that updates of ``size`` episodes do not come to the end of, if none costs more than its text."""
+    from ffgym.envs.schedule import Schedule  # gymnasium
+
+    table, windows, target = config.schedule, config.episode_windows, config.prune.ends[1]
+    ramps = Schedule(target, windows, table.sparsity_start, table.sparsity, table.fidelity, table.ramp_episodes)
+    episodes, spent, last = 0, 0, ramps.stage(0.0)
+    while spent < config.search.episodes * windows:
+        last = ramps.stage(0.0, episodes=episodes)
+        spent, episodes = spent + size * last.windows, episodes + size
+    if last.fidelity < 1 or last.sparsity < NEARLY * target:
+        raise ConfigError(
+            f"schedule.ramp_episodes = {table.ramp_episodes:,} is too many for a search of at most {episodes:,} episodes: "
+            f"its last update would be at sparsity {last.sparsity:.3g} and fidelity {last.fidelity:.3g}",
+            hint="Lower it, raise search.episodes, or leave it out: the ramps then take half of the tokens.",
         )

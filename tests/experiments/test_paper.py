@@ -20,6 +20,7 @@ from ffgym.models.loading import load
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
 from ffgym.plugins import manager
+from ffgym.prepare.configured import check_agent_fits
 from ffgym.report.layout import humane
 from ffgym.search.log import read_log
 from ffgym.testing.models import tiny_model
@@ -91,6 +92,7 @@ def test_a_search_takes_a_thousand_episodes_and_begins_with_a_twentieth_of_the_t
         episodes += search.episodes_per_update
     assert (episodes, spent) == (1005, search.episodes * windows), "the last update ends with the budget"
     assert schedule.stage(0.0, episodes=episodes - search.episodes_per_update).fidelity == 1.0
+    check_agent_fits(config)  # its ramps end with the search
 
 
 @pytest.mark.parametrize(("model", "percent"), ROWS)
