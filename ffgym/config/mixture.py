@@ -8,7 +8,7 @@ from typing import Any
 
 Corpora = str | tuple[str, ...]
 """A corpus, or several with their weights; one without a weight has the weight 1."""
-WEIGHTED = re.compile(r"([-+]?\d*\.?\d+(?:[eE][-+]?\d{1,2})?)\s*\*\s*(.+)")
+WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,2})?)\s*\*\s*(.+)")
 EXAMPLE = '["3*demo:c4", "mine.txt"]'
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TextIO
 
+from ffgym.config.mixture import EXAMPLE
 from ffgym.data.assets import DEMO_TEXT, fetch
-from ffgym.data.hub import is_hub_id
+from ffgym.data.hub import hub_error, is_hub_id
 from ffgym.errors import DataError, PluginError, UnknownNameError, first_line
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
@@ -37,6 +39,7 @@ SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
 FOLDER_HINT = "Name a .txt or .jsonl file, a folder of nothing but such files, or one that save_to_disk has written."
+CONVERT = "iconv -f {} -t UTF-8 OLD.txt > NEW.txt"
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
     " Dataset.save_to_disk on a machine that has the network."
@@ -228,7 +231,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         raise DataError(
             f"corpus file {str(path)!r} is not UTF-8 text: {error.reason}",
-            hint="Convert it to UTF-8.",
+            hint=f"Convert it: {CONVERT.format('LATIN1')}, or what it was written in.",
         ) from error
     except OSError as error:
         raise DataError(
@@ -238,7 +241,13 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 def _read_text(path: Path) -> str:
     with _opened(path) as file:
-        return file.read(ENOUGH_CHARACTERS)
+        text = file.read(ENOUGH_CHARACTERS)
+    if "\0" in text:
+        raise DataError(
+            f"corpus file {str(path)!r} holds NUL characters: it may be UTF-16, and is no UTF-8 text",
+            hint=f"Convert it: {CONVERT.format('UTF-16LE')}.",
+        )
+    return text
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -386,9 +395,15 @@ def _dataset(spec: str) -> Callable[[Role], Corpus]:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return lambda role: _table(spec, _load_folder(folder, subset), subset, split, role)
+    if folder.is_file():
+        rest = spec.removeprefix(name)
+        raise DataError(f"corpus file {name!r} has neither subsets nor splits", hint=f"Leave {rest!r} out.")
     is_file = folder.suffix.lower() in FILE_SUFFIXES
     if is_file or not is_hub_id(name):
-        raise DataError(f"corpus file or folder {name!r} does not exist", hint="Check the path, or name demo:c4.")
+        hint = f"{_guess(name)}Check the path, or name demo:c4."
+        if "*" in name or "," in name:
+            hint = f"A mixture is a list of names, each with a number as its weight or without one: {EXAMPLE}."
+        raise DataError(f"corpus file or folder {name!r} does not exist", hint=hint)
     return lambda role: _table(spec, _load_dataset(name, subset), subset, split, role)
 
 
@@ -447,10 +462,12 @@ def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
     """All splits of one subset, by ``datasets.load_dataset``, which keeps what it downloads in its own cache."""
     import datasets
 
+    if not Path(path).is_dir():
+        _check_reachable(path)
     try:
         return datasets.load_dataset(path, subset, **options)
     except datasets.exceptions.DatasetNotFoundError as error:
-        message = f"the hub has no dataset {path!r} (or it is private): {error}"
+        message = f"{path!r} is no file or folder here, and the hub has no dataset {path!r} (or it is private): {error}"
         raise DataError(message, hint=_hint(path)) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         # ConnectionError is an OSError; an unknown subset and a folder without data files are ValueErrors or the like.
@@ -460,12 +477,40 @@ def _load_dataset(path: str, subset: str | None, **options: Any) -> Any:
         raise DataError(f"hub dataset {path!r} cannot be loaded: {error}", hint=_hint(path)) from error
 
 
+def _check_reachable(name: str) -> None:
+    """Refuse a data set that the hub cannot be asked for, unless it was loaded before.
+
+    One short request finds out: `datasets` would ask for half a minute before it gives up.
+    """
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    error = hub_error("dataset", name)
+    if error is None or isinstance(error, HfHubHTTPError):  # what is wrong with the name, datasets says
+        return
+    try:
+        datasets.load.CachedDatasetModuleFactory(name).get_module()
+    except FileNotFoundError:
+        raise DataError(
+            f"corpus {name!r} is no file or folder here, and could not be loaded from the hub: it cannot be reached "
+            f"({first_line(error)})",
+            hint=_hint(name),
+        ) from error
+
+
 def _hint(name: str) -> str:
     """The corpus that may have been meant, and what needs no hub."""
-    known = [*manager.names("corpus"), *(f"{Demo.name}:{part}" for part in DEMO_CORPORA)]
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"Did you mean {near[0]!r}? " if near and near[0] != name else ""
-    return manager.with_plugins(guess + OFFLINE_HINT, name)
+    return manager.with_plugins(_guess(name) + OFFLINE_HINT, name)
+
+
+def _guess(name: str) -> str:
+    """The corpus or the file in the same folder that may have been meant, as the beginning of a hint."""
+    folder = Path(name).expanduser().parent
+    can_list = folder.is_dir() and os.access(folder, os.R_OK)
+    files = [str(folder / file.name) for file in folder.iterdir()] if can_list else []
+    known = [*manager.names("corpus"), *(f"{Demo.name}:{part}" for part in DEMO_CORPORA), *files]
+    near = difflib.get_close_matches(str(Path(name).expanduser()), known, n=1)
+    return f"Did you mean {near[0]!r}? " if near and near[0] != name else ""
 
 
 def _choose_split(spec: str, parts: Any, split: str | None, role: Role) -> tuple[str | None, Any]:

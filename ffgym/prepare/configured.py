@@ -193,7 +193,7 @@ def _check_ramps_end(config: RunConfig, size: int) -> None:
         spent, episodes = spent + size * last.windows, episodes + size
     if last.fidelity < 1 or last.sparsity < NEARLY * target:
         raise ConfigError(
-            f"schedule.ramp_episodes = {table.ramp_episodes:,} is too many for a search of at most {episodes:,} episodes: "
-            f"its last update would be at sparsity {last.sparsity:.3g} and fidelity {last.fidelity:.3g}",
+            f"schedule.ramp_episodes = {table.ramp_episodes:,} is too many for a search of at most {episodes:,} "
+            f"episodes: its last update would be at sparsity {last.sparsity:.3g} and fidelity {last.fidelity:.3g}",
             hint="Lower it, raise search.episodes, or leave it out: the ramps then take half of the tokens.",
         )

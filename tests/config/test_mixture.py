@@ -29,6 +29,7 @@ def mixed(value: Any) -> RunConfig:
         (["demo:c4", "mine.txt"], {"demo:c4": "1/2", "mine.txt": "1/2"}, "50% demo:c4 + 50% mine.txt"),
         (MIXED, {"demo:c4": "3/4", "mine.txt": "1/4"}, "75% demo:c4 + 25% mine.txt"),
         (["0.1 * a", "0.2*b"], {"a": "1/3", "b": "2/3"}, "33.3% a + 66.7% b"),
+        (["5.*a", ".5*b"], {"a": "10/11", "b": "1/11"}, "90.9% a + 9.09% b"),
         (["a", "5e-1*b c.txt", "1.5*c"], {"a": "1/3", "b c.txt": "1/6", "c": "1/2"}, "33.3% a + 16.7% b c.txt + 50% c"),
     ],
 )

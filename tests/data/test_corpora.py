@@ -253,7 +253,13 @@ def test_subset_and_split_can_be_named(wikitext):
     assert corpus.split == "wikitext-2-raw-v1, validation"
 
 
-def test_a_hub_id_is_split_into_id_subset_and_split(wikitext, monkeypatch):
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """Whatever it is asked for, the hub says that it is there."""
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: None)
+
+
+def test_a_hub_id_is_split_into_id_subset_and_split(wikitext, hub_answers, monkeypatch):
     folder, rows = wikitext
     asked = []
     load_dataset = datasets.load_dataset
@@ -263,8 +269,8 @@ def test_a_hub_id_is_split_into_id_subset_and_split(wikitext, monkeypatch):
         return load_dataset(str(folder), subset, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
-    corpus = load_text("someone/some-text:wikitext-2-raw-v1@test", role="search")
-    assert asked == [("someone/some-text", "wikitext-2-raw-v1")]
+    corpus = load_text("someone/split-text:wikitext-2-raw-v1@test", role="search")
+    assert asked == [("someone/split-text", "wikitext-2-raw-v1")]
     assert corpus.documents == tuple(rows["test"])
 
 
@@ -289,8 +295,45 @@ def test_a_hub_that_cannot_be_reached_says_what_works_without_it(monkeypatch):
     assert caught.value.hint.startswith("Did you mean 'wikitext'? ")
 
 
+def test_a_wrong_name_is_asked_for_once_and_answered_with_the_file_that_was_meant(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked for half a minute"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "law.txt").write_text("text")
+    with pytest.raises(DataError, match=r"corpus 'lawtxt' is no file or folder here, and .* cannot be reach") as caught:
+        load_text("lawtxt", role="search")
+    assert caught.value.hint.startswith("Did you mean 'law.txt'? ")
+    with pytest.raises(DataError, match="does not exist") as caught:
+        load_text(f"{tmp_path}/laws.txt", role="search")
+    assert caught.value.hint.startswith(f"Did you mean '{tmp_path}/law.txt'? ")
+
+
+def test_a_data_set_that_was_loaded_before_needs_no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_dict({"text": TEXTS}).to_parquet(str(tmp_path / "texts" / "train.parquet"))
+    datasets.load_dataset(str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "cache" / "texts").rename(tmp_path / "cache" / "someone___texts")
+    assert load_text("someone/texts", role="search").documents == tuple(TEXTS)
+
+
+def test_a_file_has_no_split(tmp_path):
+    (tmp_path / "law.txt").write_text("text")
+    with pytest.raises(DataError, match=r"law\.txt' has neither subsets nor splits") as caught:
+        check_text(f"{tmp_path}/law.txt@train")
+    assert caught.value.hint == "Leave '@train' out."
+
+
+@pytest.mark.parametrize("spec", ["3*law.txt", "law.txt,web.txt", "70%*web.txt", "1/3*web.txt", "web.txt*3"])
+def test_what_is_nearly_a_mixture_is_answered_with_one(spec):
+    with pytest.raises(DataError, match="does not exist") as caught:
+        check_text(spec)
+    assert '["3*demo:c4", "mine.txt"]' in caught.value.hint
+
+
 @pytest.mark.parametrize("name", ["someone/nothing", "someone/nothing-1.0"])
-def test_a_hub_dataset_that_does_not_exist_is_named(monkeypatch, name):
+def test_a_hub_dataset_that_does_not_exist_is_named(hub_answers, monkeypatch, name):
     def unknown(path, subset, **options):
         raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{path}' doesn't exist on the Hub")
 
@@ -317,7 +360,8 @@ def test_a_spec_that_is_not_understood_is_an_error(spec):
     [
         ("a.parquet", b"PAR1 nonsense", "damaged"),
         ("a.arrow", b"nonsense", "damaged"),
-        ("a.txt", b"caf\xe9", "not UTF-8"),
+        ("a.txt", b"caf\xe9", r"not UTF-8.*\n.*iconv -f LATIN1 -t UTF-8"),
+        ("a.txt", "a text of Windows".encode("utf-16-le"), r"holds NUL characters.*\n.*iconv -f UTF-16LE -t UTF-8"),
         ("a.docx", b"x", r"ends in '\.docx', which cannot be read\n .*\.txt, \.utf8"),
         ("a.txt", b" \n\n", "holds no text"),
         ("a.jsonl", b"\n", "holds no text"),

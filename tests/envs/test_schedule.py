@@ -108,19 +108,24 @@ def test_every_beginning_of_the_places_covers_the_range_evenly(first, count):
     assert gaps.min() >= 0.3 / count
 
 
+STAIRS = {"sparsity": "staircase", "fidelity": "staircase"}
+
+
 @pytest.mark.parametrize(
     ("ramps", "episodes", "ends_at"),
     [
-        ({"sparsity": "staircase", "fidelity": "staircase", "ramp_episodes": 1000}, 8, "sparsity 0.05 and fidelity 0.5"),
+        (STAIRS | {"ramp_episodes": 1000}, 8, "sparsity 0.05 and fidelity 0.5"),
         ({"sparsity": "cubic", "ramp_episodes": 400}, 96, "sparsity 0.129 and fidelity 1"),
         ({"fidelity": "cubic", "ramp_episodes": 1000}, 96, "sparsity 0.2 and fidelity 0.5"),
-        ({"sparsity": "cubic", "ramp_episodes": 96}, 96, None),
-        ({"fidelity": "cubic", "ramp_episodes": 150}, 96, None),  # more than 96, of which most have one window of two
     ],
 )
 def test_ramps_that_do_not_end_with_the_search_are_refused(ramps, episodes, ends_at):
     config = load_config(schedule=ramps, search={"episodes": episodes}, prior={"name": "none"})
-    if ends_at is None:
-        return check_agent_fits(config)
     with pytest.raises(ConfigError, match=f"too many for a search of at most .* last update would be at {ends_at}"):
         check_agent_fits(config)
+
+
+@pytest.mark.parametrize(("ramp", "most"), [("sparsity", 96), ("fidelity", 150)])
+def test_the_longest_ramps(ramp, most):
+    """Of fidelity it is longer than the 96 episodes, most of which have one window of two."""
+    check_agent_fits(load_config(schedule={ramp: "cubic", "ramp_episodes": most}, search={"episodes": 96}))

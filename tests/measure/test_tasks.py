@@ -250,7 +250,7 @@ def test_what_only_lm_eval_measures_has_its_command_which_loads_a_saved_model():
     with pytest.raises(ConfigError) as caught:
         load_tasks(["gsm8k"])
     assert caught.value.hint.endswith("pretrained=FOLDER,trust_remote_code=True --tasks gsm8k")
-    with pytest.raises(ConfigError, match="'own/law.yaml' is a definition of your own") as caught:
+    with pytest.raises(ConfigError, match=r"'own/law\.yaml' is a definition of your own") as caught:
         load_tasks(["own/law.yaml"])
     assert "trust_remote_code=True --tasks NAME --include_path own," in caught.value.hint
 
