@@ -276,7 +276,9 @@ def _measured(task: Task, windows: torch.Tensor, stage_label: str, reporter: Rep
 
 def header(task: Task) -> str:
     """How the table's numbers were measured; asked while the model is cut to what was found."""
-    report, config, prunable = task.splits.report, task.config, task.prepared.prunable
+    config, prunable = task.config, task.prepared.prunable
+    calibration, search, report = task.splits.calibration, task.splits.search, task.splits.report
+    searches = config.agent.name != "one-shot"
     widths = {width_step(s, config.prune.align) for s in prunable.sublayers if s.kind == "mlp"} - {1}
     active = {
         name: humane(task.sizes(kept)["params"] - sum(map(Sublayer.idle_params, prunable.sublayers, kept)))
@@ -289,7 +291,8 @@ def header(task: Task) -> str:
         f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens in windows of "
         f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
         *([f"Saved in {saved}, as the dense checkpoint is."] if task.loaded.saved_dtype else []),
-        f"Calibration: {_described(task.splits.calibration)}.",
+        f"Calibration: {_described(calibration)}.",
+        *([f"Search: {_described(search)}."] if searches and search.text != calibration.text else []),
         *(f"A token passes through {count} of the {name} model's parameters." for name, count in active.items()),
         *(f"MLPs keep multiples of {width} channels." for width in sorted(widths)),
         f"MACs at {config.prune.context:,} tokens of context. Seed {config.seed}.",

@@ -150,6 +150,14 @@ def test_the_header_says_how_it_was_measured(finished: Finished) -> None:
     header = finished.result.table.header
     for part in ("wiki.txt, report split", "1,008 tokens in windows of 64", "float32, without BOS", "Seed 0"):
         assert part in header
+    assert "Search: " not in header, "it read on in the text of the calibration"
+
+
+def test_the_header_names_another_text_of_the_search(tmp_path: Path) -> None:
+    c4, wiki = (f"{glass_home()}/{name}.txt" for name in ("c4", "wiki"))
+    data = {"search": [f"3*{c4}", wiki]}
+    header = finish(glass_config(tmp_path, data=data, search={"random_baseline": False})).result.table.header
+    assert f"{c4}, 1,024 tokens in windows of 64. Search: 75% {c4} + 25% {wiki}, 2,048 tokens in windows" in header
 
 
 def test_the_header_says_how_much_of_a_mixture_a_token_passes_through(tmp_path: Path) -> None:
