@@ -98,9 +98,10 @@ def plan(
     from ffgym.pipeline.settle import settle
     from ffgym.plan.table import show, to_json
     from ffgym.plugins import manager
-    from ffgym.prepare.parts import check_measurements
+    from ffgym.prepare.parts import check_measurements, check_texts
 
     config = settle(config)
+    check_texts(config.data)
     # search.init_from is not read: the run that writes that policy may come later
     found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
     check_measurements(config)

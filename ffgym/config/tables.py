@@ -57,9 +57,13 @@ REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults 
 
 
 def _count(value: Any) -> Any:
-    """``"1M"`` -> 1000000; what is no such text is left to the validation."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", value) if isinstance(value, str) else None
-    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]) if match else value
+    """``"1M"`` -> 1000000; what is no text is left to the validation."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", value)
+    if match is None:
+        raise ValueError("should be a whole number, also as 500k or 1M")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
 
 
 class PluginTable(BaseModel):

@@ -299,7 +299,8 @@ def _loaded_name(name: str) -> str:
     if name in (DENSE, DENSE_MODEL):
         return DENSE_MODEL
     folder = Path(name).expanduser()
-    return str(model_folder(folder)) if models_of_run(folder) else name
+    is_run = models_of_run(folder) or (folder / "config.toml").is_file()
+    return str(model_folder(folder)) if is_run else name
 
 
 def paper_means(results: Sequence[TaskResult]) -> tuple[Figure, ...]:

@@ -157,6 +157,8 @@ def _unknown(kind: PluginKind, name: str) -> UnknownNameError:
     known = [*names(kind), *also.get(kind, ())]
     error = UnknownNameError("agent or heuristic" if kind == "agent" else kind, name, known)
     error.hint = with_plugins(str(error.hint), name)
+    if kind == "calibration" and not discovery.NAME.fullmatch(name):  # a text's name
+        error.hint = f"The text for it is another key: --set data.calibration={name}. {error.hint}"
     return error
 
 

@@ -246,7 +246,7 @@ class ReportTable:
             return []
         return [
             f"The refit that is saved made the result worse: {plain.label} has the lower loss. Calibrate on more text "
-            "(data.calibration_tokens), or on text like that of the report (data.calibration)."
+            "(data.calibration_tokens), or on the kind of text that the model will read (data.calibration)."
         ]
 
     def _legend(self) -> list[str]:

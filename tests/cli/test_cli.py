@@ -269,6 +269,8 @@ def test_an_unknown_calibration_is_refused_with_the_nearest() -> None:
     done = call("config", "--calibration", "rigde")
     assert done.exit_code == 1
     assert "unknown calibration 'rigde'\nhint: Did you mean 'ridge'? Known: affine, none, ridge." in done.stderr
+    done = call("config", "--calibration", "law.txt")
+    assert "hint: The text for it is another key: --set data.calibration=law.txt. Known: affine" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["run", "config"])

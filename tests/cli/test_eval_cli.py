@@ -63,6 +63,11 @@ def test_the_folder_of_a_run_will_do_unless_it_holds_several_models(folder: Path
     refused(call(*arguments), "several models: model, model-recovered")
 
 
+def test_a_run_that_saved_no_model_is_told_from_a_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    refused(call(str(tmp_path), "--tasks", "piqa"), f"the run in {str(tmp_path)!r} has saved no model")
+
+
 def test_json_is_all_that_stdout_holds_and_twice_the_same(folder: Path) -> None:
     arguments = ("--model", str(folder), "--tasks", "piqa, lambada_openai", "--limit", "2", "--json")
     first, second = (json.loads(call(*arguments).stdout) for _ in range(2))

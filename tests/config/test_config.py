@@ -321,6 +321,7 @@ def test_float16_is_not_trained_in(method: str) -> None:
     ("override", "complaint"),
     [
         ("recover.tokens=many", "recover.tokens = 'many'"),
+        ("recover.tokens=20kk", "recover.tokens = '20kk': should be a whole number, also as 500k or 1M"),
         ("recover.tokens=100", "recover.tokens = 100 is less than one step: recover.batch_tokens = 4096"),
         ("recover.batch_tokens=10", "recover.batch_tokens = 10 is less than one window: data.window = 1024"),
         ("output.save_model=false", "output.save_model = false saves none"),

@@ -274,6 +274,13 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
     assert tokens["start"] == tokens["search"] // 8, "96 episodes of two searches; the start on 24 texts"
 
 
+def test_a_text_that_is_not_there_is_refused_as_a_run_does(tmp_path: Path) -> None:
+    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
+    result = call(str(folder), "--set", "data.search=nowhere.txt")
+    assert result.exit_code == 1
+    assert "corpus file or folder 'nowhere.txt' does not exist" in result.stderr
+
+
 def test_every_point_of_a_range_is_planned_at_its_own_sparsity(tmp_path: Path) -> None:
     folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
 

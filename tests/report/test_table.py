@@ -143,6 +143,7 @@ def test_a_refit_that_made_the_result_worse_is_pointed_out(losses, is_said):
     plain = replace(found(*losses), label="reinforce, plain", refit="")
     text = compared(WEAK, plain, found(*HARD, is_saved=True)).layout().markdown()
     assert ("made the result worse: reinforce, plain has the lower loss" in text) == is_said
+    assert "text like that of the report" not in text, "the report chooses nothing"
 
 
 def test_one_window_cannot_tell():
