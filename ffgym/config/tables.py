@@ -25,8 +25,7 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Corpora, BeforeValidator(checked)]
 OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NotGiven]
 OptionalPositive = Annotated[Positive | None, NotGiven]
-CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets
-NARROWEST_RANGE = 0.001  # wide enough for 100 targets with names of their own
+CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets, in six decimals
 REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults that earlier results hold
     "search": {"stop_hopeless": False, "stop_margin": 1.0},
     "schedule": {"ramp_share": 0.5},
@@ -150,7 +149,7 @@ def _sparsity(value: Any) -> float | str:
         return _share(value)
     ends = value.split(":")
     try:
-        low, high = (float(end) for end in ends)
+        low, high = (round(float(end), 6) for end in ends)
     except ValueError:
         raise ValueError("should be a valid number, or two for a range of budgets, e.g. '0.1:0.5'") from None
     _share(low)
@@ -159,8 +158,6 @@ def _sparsity(value: Any) -> float | str:
         raise ValueError(f"should have two different ends; a single target is written {low}")
     if low > high:
         raise ValueError(f"should rise: write '{high}:{low}'")
-    if round(high - low, 9) < NARROWEST_RANGE:
-        raise ValueError(f"should have ends that are at least {NARROWEST_RANGE} apart")
     return f"{low}:{high}"
 
 

@@ -25,7 +25,7 @@ from ffgym.plugins.contracts import check_objectives, check_state
 from ffgym.prepare.configured import used_plugins
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
-from ffgym.report.front import Front, front_figure, point_names
+from ffgym.report.front import Front, front_figure, point_name
 from ffgym.report.front import as_dict as front_as_dict
 from ffgym.report.layout import strict
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
@@ -90,8 +90,7 @@ def write_found(
     """Write the allocations and the policy; ``allocation.json`` is that of the main target."""
     files = {"allocation.json": main}
     if len(points) > 1:
-        names = point_names([found.target for found in points])
-        files |= {f"allocation-{name}.json": found for name, found in zip(names, points, strict=True)}
+        files |= {f"allocation-{point_name(found.target)}.json": found for found in points}
     for file, found in files.items():
         write_text(folder / file, json.dumps(allocation_json(found), indent=2))
         tracker.log_artifact(folder / file)

@@ -23,7 +23,7 @@ from ffgym.prepare.calibrations import calibration_class
 from ffgym.pruning.budget import width_step
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.card import model_card
-from ffgym.report.front import point_names
+from ffgym.report.front import point_name
 from ffgym.report.layout import humane, percent
 from ffgym.report.paired import paired_difference, standard_error
 from ffgym.report.progress import Reporter
@@ -215,7 +215,7 @@ def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
     """``model``, or ``model-0.20`` where the model of every point is saved."""
     if not config.output.save_all:
         return folder / "model"
-    return folder / f"model-{dict(zip(config.targets, point_names(config.targets), strict=True))[target]}"
+    return folder / f"model-{point_name(target)}"
 
 
 def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunConfig) -> ReportTable:

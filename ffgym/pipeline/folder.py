@@ -35,8 +35,7 @@ WRITTEN = frozenset(
     | {"front.json", "front.md", "front.png", "model"}
 )
 UNSENT = r"[0-9a-f]{32}\.unsent\.(jsonl|lock)"  # records that an MLflow server has not taken yet
-# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered; 0.996 is called 1.00. What
-# ffgym recover writes.
+# For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
 WRITTEN_PER_POINT = re.compile(
     r"allocation-[01]\.\d+\.json|model-[01]\.\d+|model(-[01]\.\d+)?-recovered(\.unfinished)?"
     r"|\.model(-[01]\.\d+)?-recovered\.lock"

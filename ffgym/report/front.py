@@ -98,10 +98,9 @@ def _ties(row: Row, best: Row) -> bool:
     return difference is not None and difference.is_tie
 
 
-def point_names(targets: Sequence[float]) -> list[str]:
-    """``[0.1, 0.2]`` -> ``["0.10", "0.20"]``: two decimals, or as many as tell the targets apart."""
-    by_decimals = ([f"{target:.{decimals}f}" for target in targets] for decimals in range(2, 7))
-    return next(names for names in by_decimals if len(set(names)) == len(names))
+def point_name(target: float) -> str:
+    """What the files of a point are called: ``"0.20"``, ``"0.225"``, ``"0.266667"``."""
+    return max(f"{target:.2f}", f"{target:.6f}".rstrip("0"), key=len)
 
 
 def as_dict(front: Front) -> JSONDict:

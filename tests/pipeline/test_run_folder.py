@@ -102,7 +102,7 @@ def test_a_page_of_an_unfinished_run_goes_when_it_is_finished(tmp_path: Path) ->
     [
         ".config.toml.part-0123abcd",
         ".model-0.20-recovered.part-0123abcd",
-        "allocation-1.00.json",
+        "allocation-0.266667.json",
         f"{'0a1b2c3d' * 4}.unsent.jsonl",
         f"{'0a1b2c3d' * 4}.unsent.lock",
         ".model-recovered.lock",

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from table_costs import table_costs
 
-from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, point_names
+from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, point_name
 from ffgym.report.table import Row
 from ffgym.types import Allocation
 
@@ -114,12 +114,8 @@ def test_a_short_axis_has_a_number_at_every_tick(tmp_path, found, rule, labels) 
 
 
 @pytest.mark.parametrize(
-    ("targets", "names"),
-    [
-        ([0.1, 0.2], ["0.10", "0.20"]),
-        ([0.1, 0.125, 0.12], ["0.100", "0.125", "0.120"]),
-        ([0.3], ["0.30"]),
-    ],
+    ("target", "name"),
+    [(0.1, "0.10"), (0.225, "0.225"), (0.475, "0.475"), (0.266667, "0.266667"), (0.996, "0.996"), (5e-5, "0.00005")],
 )
-def test_points_are_named_with_as_many_decimals_as_tell_them_apart(targets: list[float], names: list[str]) -> None:
-    assert point_names(targets) == names
+def test_a_point_is_named_by_its_target_exactly(target: float, name: str) -> None:
+    assert point_name(target) == name
