@@ -197,7 +197,9 @@ def reward_figure(
     bottom.set_xlim(left=0)
     level = "the prior" if from_policy else "where the search started"
     what = f"Reward above {level}, on the same text" if is_above_start else "Reward (text differs)"
-    figure.suptitle(f"{what}:\n{', '.join(ends)}", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    # Under a range the last update has a target of its own, which says nothing of the others.
+    title = what if ranged else f"{what}:\n{', '.join(ends)}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return save_figure(figure, path)
 
 

@@ -20,6 +20,8 @@ from ffgym.types import Allocation, JSONDict
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TIE = "\N{NO-BREAK SPACE}tie"
+
 
 @dataclass(frozen=True)
 class FrontPoint:
@@ -71,31 +73,31 @@ class Front:
         return point.found if label == self.label else point.references[label]
 
     def layout(self) -> Table[Sequence[str]]:
-        """Target, perplexity under every label, and the size of what was found; stars for the best and its ties."""
-        dense = ["dense", perplexity_text(self.dense), *("" for _ in self.labels[1:]), humane(self.dense.parameters)]
+        """Target, perplexity under every label, and the size of what was found; the lowest has a star."""
+        dense = ["0% (dense)", *[perplexity_text(self.dense)] * len(self.labels), humane(self.dense.parameters)]
         notes = [
-            "* lowest perplexity at that sparsity, and what ties with it: the 95 % interval of their difference on the "
-            "same windows holds 0. All after the same refit.",
+            "* lowest perplexity at that sparsity; tie: the 95 % interval of the difference from it, on the same "
+            "windows, holds 0. All after the same refit.",
             f"One policy for all points: {self.search_tokens:,} tokens of search, {self.final_tokens:,} of finals, "
             f"{self.seconds / 60:.1f} min.",
             self.header,
         ]
-        heads = ("sparsity", *self.labels, "params")
+        heads = ("perplexity at", *self.labels, "params")
         return Table(text_columns(*heads, overflow="fold"), [dense, *map(self._cells, self.points)], notes)
 
     def _cells(self, point: FrontPoint) -> list[str]:
         rows = [self.row(point, label) for label in self.labels]
         best = min((row for row in rows if math.isfinite(row.perplexity)), key=lambda r: r.perplexity, default=None)
-        perplexities = (perplexity_text(row) + (STAR if best and _ties(row, best) else "") for row in rows)
+        perplexities = (perplexity_text(row) + (_mark(row, best) if best else "") for row in rows)
         return [f"{point.target:.1%}", *perplexities, humane(point.found.parameters)]
 
 
-def _ties(row: Row, best: Row) -> bool:
-    """Whether a row is the best one, or the windows do not tell the two apart."""
-    if row is best or not (row.losses and best.losses):
-        return row.perplexity == best.perplexity
-    difference = paired_difference([row.losses], [best.losses])
-    return difference is not None and difference.is_tie
+def _mark(row: Row, best: Row) -> str:
+    """A star for the lowest perplexity; a word where the windows do not tell a row from the best one."""
+    if row.perplexity == best.perplexity:
+        return STAR
+    difference = paired_difference([row.losses], [best.losses]) if row.losses and best.losses else None
+    return TIE if difference is not None and difference.is_tie else ""
 
 
 def point_name(target: float) -> str:
@@ -147,9 +149,10 @@ def front_figure(front: Front, path: Path) -> Figure:
         axes.axhline(front.dense.perplexity, color="0.5", linewidth=1, linestyle=":")
         axes.annotate(
             f"dense {front.dense.perplexity:.1f}",
-            (0.0, front.dense.perplexity),
+            (1.0, front.dense.perplexity),  # at the left end the curves are near this line
             xycoords=("axes fraction", "data"),
             fontsize=8,
+            ha="right",
             va="bottom",
         )
     axes.set_yscale("log")

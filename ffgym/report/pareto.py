@@ -98,6 +98,8 @@ def pareto_figure(points: Sequence[ParetoPoint], dense: Mapping[str, float], pat
 
 
 def _draw_pair(axes: Axes, points: Sequence[ParetoPoint], dense: Mapping[str, float], across: str, up: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     def mark(wanted: Sequence[ParetoPoint], label: str, **look: Any) -> None:
         axes.scatter([p.objectives[across] for p in wanted], [p.objectives[up] for p in wanted], label=label, **look)
 
@@ -119,6 +121,7 @@ def _draw_pair(axes: Axes, points: Sequence[ParetoPoint], dense: Mapping[str, fl
             textcoords="offset points",
             fontsize=8,
         )
+    axes.xaxis.set_major_locator(MaxNLocator(4))  # labels such as 0.2125 would run into each other
     axes.set_xlabel(f"{_words(across)} (more is better)")
     axes.set_ylabel(f"{_words(up)} (more is better)")
     tidy(axes)

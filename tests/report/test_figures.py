@@ -78,6 +78,12 @@ def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path):
     assert "above where the search started" in figure.get_suptitle()
 
 
+def test_under_a_range_no_single_update_stands_for_the_search(tmp_path):
+    history = [replace(episode(i), target_sparsity=0.1 + 0.2 * (i % 3)) for i in range(8)]
+    figure = reward_figure({"agent": history}, tmp_path / "a.png", {"agent": [0.5] * 8})
+    assert figure.get_suptitle() == "Reward above where the search started, on the same text"
+
+
 def test_rewards_of_a_search_that_started_from_a_policy_are_drawn_above_the_priors(tmp_path):
     starts = {"agent": [0.5] * 4}
     history = {"agent": [episode(i) for i in range(4)]}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from table_costs import table_costs
 
-from ffgym.report.front import Front, FrontPoint, as_dict, front_figure, point_name
+from ffgym.report.front import TIE, Front, FrontPoint, as_dict, front_figure, point_name
 from ffgym.report.table import Row
 from ffgym.types import Allocation
 
@@ -37,8 +37,8 @@ def front() -> Front:
 
 def test_markdown_has_every_point_the_best_starred_and_what_it_took(front: Front) -> None:
     lines = front.layout().markdown().splitlines()
-    assert lines[0] == "| sparsity | reinforce | uniform | params |"
-    assert lines[2].startswith("| dense | 20.00 |  | 100.0 M |")
+    assert lines[0] == "| perplexity at | reinforce | uniform | params |"
+    assert lines[2].startswith("| 0% (dense) | 20.00 | 20.00 | 100.0 M |")
     assert lines[3].startswith(r"| 10.0% | 22.00 \* | 25.00 |")
     assert lines[4].startswith(r"| 30.0% | 40.00 | 39.00 \* |")
     assert "| inf |" in lines[5]
@@ -48,13 +48,13 @@ def test_markdown_has_every_point_the_best_starred_and_what_it_took(front: Front
     assert r"a\|b, report split" in text
 
 
-def test_what_ties_with_the_best_is_starred_too(front: Front) -> None:
+def test_what_ties_with_the_best_has_the_word_and_no_star(front: Front) -> None:
     first = front.points[0]
     uniform = replace(first.references["uniform"], losses=(3.0, 3.4, 3.1))
-    for losses, star in (((3.1, 3.2, 3.1), r" \*"), ((3.3, 3.7, 3.4), "")):
+    for losses, mark in (((3.1, 3.2, 3.1), TIE), ((3.3, 3.7, 3.4), "")):
         tied = replace(first, found=replace(first.found, losses=losses), references={"uniform": uniform})
         line = replace(front, points=(tied, *front.points[1:])).layout().markdown().splitlines()[3]
-        assert f"| 25.00{star} |" in line
+        assert rf"| 22.00 \* | 25.00{mark} |" in line
 
 
 def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front: Front) -> None:
@@ -81,6 +81,8 @@ def test_the_picture_is_drawn_also_where_a_rule_broke_down(front: Front, tmp_pat
     figure = front_figure(front, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
     assert [list(line.get_ydata())[-1] for line in figure.axes[0].lines] == [90.0, math.inf, 20.0]
+    (label,) = figure.axes[0].texts
+    assert (label.get_text(), label.xy[0], label.get_ha()) == ("dense 20.0", 1, "right"), "away from the first targets"
     broken = replace(front, dense=replace(front.dense, perplexity=math.nan))
     figure = front_figure(broken, tmp_path / "again.png")
     assert len(figure.axes[0].lines) == 2, "no line of a dense model that has no perplexity"

@@ -68,3 +68,13 @@ def test_a_dense_model_far_off_does_not_press_the_allocations_together(tmp_path)
     figure = pareto_figure(POINTS, {**DENSE, "accuracy": 50.0}, tmp_path / "pareto.png", "on 8 examples")
     low, high = figure.axes[0].get_ylim()
     assert 0.2 < low < high < 0.6
+
+
+def test_numbers_on_an_axis_do_not_run_into_each_other(tmp_path):
+    places = (0.2265625, 0.2109375, 0.21875)
+    points = [replace(p, objectives={**p.objectives, "accuracy": a}) for p, a in zip(POINTS, places, strict=True)]
+    for axes in pareto_figure(points, DENSE, tmp_path / "pareto.png", "on 8 examples").axes:
+        low, high = axes.get_xlim()
+        boxes = [tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks() if low < tick.get_loc() < high]
+        assert len(boxes) > 1
+        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
