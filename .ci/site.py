@@ -38,6 +38,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Point links where the site has their targets. A link to a file that the site lacks becomes its text."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # it would be one word
     folder = Path(page.file.abs_src_path).relative_to(ROOT).parent.as_posix()
 
     def rewritten(link: re.Match[str]) -> str:
