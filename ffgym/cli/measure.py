@@ -20,7 +20,7 @@ from ffgym.config.tables import PruneTable
 from ffgym.files import check_file, write_text
 
 EngineArgsOption = Annotated[
-    str, typer.Option(help="more arguments of the engine, e.g. '--enforce-eager'", show_default=False)
+    str, typer.Option(help="more arguments of the engine, e.g. --enforce-eager", show_default=False)
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default", min=1)]
 Engine = Literal["vllm", "llama-cpp", "transformers"]

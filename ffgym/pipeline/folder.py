@@ -377,7 +377,7 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
         path, log = folder / "allocation.json", folder / "episodes.jsonl"
         if path.exists():
             best = BEST_SO_FAR.read(path)
-            reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.4f}) is in {path}")
+            reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.1%}) is in {path}")
         elif _logged(folder):
             reporter(f"the episodes so far are in {log}")
         else:

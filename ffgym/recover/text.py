@@ -28,7 +28,7 @@ class TrainingText:
 
     Attributes:
         name: where they are from: ``"demo:c4"``, or a mixture.
-        source: the same with what was read of it: ``"demo:c4 (c4.utf8)"``.
+        source: the same with what was read of it, where the name does not say so: ``"demo:c4 (c4.utf8)"``.
         windows: token ids, shape (windows, window), int64: as many as were asked for, or all that there are.
         left_out: windows that repeat text of the search or the report split, and are not among them.
     """
@@ -129,7 +129,8 @@ def training_text(
         _free_windows(corpus, splits, tokenizer, window, turns.count(place)) for place, corpus in enumerate(corpora)
     ]
     free = np.concatenate([windows for windows, _ in found])
-    source = f"{name} ({', '.join(corpus.split for corpus in corpora)})"
+    parts = ", ".join(corpus.split for corpus in corpora if not corpus.name.endswith(corpus.split))  # not a file twice
+    source = f"{name} ({parts})" if parts else name
     if free.size < at_least:
         raise DataError(
             f"corpus {source} has {free.size:,} tokens to train on outside the search and report splits, in whole "

@@ -118,7 +118,7 @@ def test_a_mixture_is_trained_on_in_its_shares(tmp_path: Path, tokenizer: Any, c
     code = write(tmp_path / "code.txt", text(3000, 2))
     splits = cut(tokenizer, calibration=[c4, f"3*{code}"], search=[c4, code], report=wiki, calibration_tokens=256)
     found = train_on(tokenizer, splits, None, tokens=16 * WINDOW)
-    assert (found.name, found.source) == (splits.calibration.text, f"25% {c4} + 75% {code} (c4.txt, code.txt)")
+    assert (found.name, found.source) == (splits.calibration.text, f"25% {c4} + 75% {code}")
     for corpus, windows in ((c4, 4), (code, 12)):
         own = tokens_of(train_on(tokenizer, splits, corpus).windows)
         assert sum(bool(tokens_of(window) & own) for window in found.windows) == windows
