@@ -66,13 +66,18 @@ class RunResult:
         load = []
         if self.saved is not None:
             broken = self.table.warning is not None and self.recovered is None
+            untrained = "" if self.recovered is None else " as it was before training"
             load += [
                 f"Saved: {self.table.saved.label}",
-                "To look at it all the same, load it with" if broken else "Load the pruned model with",
+                "To look at it all the same, load it with" if broken else f"Load the pruned model{untrained} with",
                 f"  {load_line(self.saved.path)}",
             ]
         if self.recovered is not None:
-            load += [*self.recovered.summary, "Load it with", f"  {load_line(self.recovered.saved.path)}"]
+            load += [
+                *self.recovered.summary,
+                "Load the trained model with",
+                f"  {load_line(self.recovered.saved.path)}",
+            ]
         _print(console, self, self.table, load)
 
 

@@ -358,7 +358,11 @@ def test_a_run_recovers_after_its_final_calibration(
     assert isinstance(again, pipeline.FinishedRun)
     assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     result.print(console)
-    assert "LoRA of rank 16" in console.file.getvalue()  # type: ignore[attr-defined]
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "LoRA of rank 16" in text
+    before, after = text.split("Load the trained model with")
+    assert "Load the pruned model as it was before training with" in before
+    assert "model-recovered'" in after
 
 
 def test_a_run_that_was_interrupted_while_training_is_resumed(
