@@ -40,7 +40,7 @@ from ffgym.types import Allocation, JSONDict
 
 
 class WindowLosses(BaseModel):
-    """What ``losses.json`` holds: the loss of every row on every window of the report split.
+    """What ``losses.json`` holds beside the table: the loss of every row on every window of the report split.
 
     ``windows`` is the digest of the windows: rows of two runs can be compared window by window where it is the same.
     """
@@ -50,14 +50,15 @@ class WindowLosses(BaseModel):
     windows: str
     measured: str
     losses: dict[str, tuple[float, ...]]
+    has_objectives: bool = False
 
 
 PICTURES = {
+    "front.png": "Perplexity against sparsity, for every budget of the range.",
     "differences.png": "Difference of every row from the best heuristic, on the same windows of text.",
     "units_kept.png": "Share of its units that every sublayer keeps, over depth.",
     "reward.png": "Reward over the tokens that the search evaluated.",
     "allocations.png": "What every update of the search kept of every layer, on average.",
-    "front.png": "Perplexity against sparsity, for every budget of the range.",
     "pareto.png": "Allocations that no other one beats in all objectives.",
 }
 """What a run draws, with captions."""
@@ -74,7 +75,10 @@ $ ffgym run --config config.toml --output NEW_FOLDER
 def write_table(folder: Path, table: ReportTable) -> None:
     """``report.md``, ``report.json``, ``losses.json`` and, where differences are known, ``differences.png``."""
     losses = WindowLosses(
-        windows=table.windows, measured=table.header, losses={row.label: row.losses for row in table.rows}
+        windows=table.windows,
+        measured=table.header,
+        losses={row.label: row.losses for row in table.rows},
+        has_objectives=table.has_objectives,
     )
     write_text(folder / "losses.json", losses.model_dump_json() + "\n")  # first: the table is read with it
     write_text(folder / "report.md", table.layout().markdown())

@@ -304,7 +304,7 @@ def header(task: Task) -> str:
 def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -> tuple[ReportTable, SavedModel | None]:
     """The table, and where one is wanted, the model as it is cut now, saved with its card."""
     config, prunable = task.config, task.prepared.prunable
-    table = ReportTable(tuple(rows), header(task), task.splits.report.digest)
+    table = ReportTable(tuple(rows), header(task), task.splits.report.digest, task.env.reward.has_objectives)
     if not config.output.save_model:
         return table, None
     is_demo = config.model.name == "demo"

@@ -101,7 +101,7 @@ def read_table(folder: Path) -> ReportTable:
         raise TABLE.refused(str(table), "every row must have the same costs, and `parameters` must be one of them")
     if any(len(row.losses) != max(1, len(rows[0].losses)) for row in rows):
         raise WINDOW_LOSSES.refused(str(folder / "losses.json"), "not every row has a loss for every window")
-    return ReportTable(tuple(rows), losses.measured, losses.windows)
+    return ReportTable(tuple(rows), losses.measured, losses.windows, losses.has_objectives)
 
 
 def compare_runs(runs: Sequence[StoredRun]) -> Comparison:

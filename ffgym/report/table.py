@@ -89,11 +89,13 @@ class ReportTable:
         rows: the dense model's first.
         header: how the perplexities were measured.
         windows: digest of the windows that all rows were measured on; empty where it is not known.
+        has_objectives: the search was rewarded for other aims than a low perplexity, too.
     """
 
     rows: tuple[Row, ...]
     header: str
     windows: str = ""
+    has_objectives: bool = False
 
     def __repr__(self) -> str:
         return f"<ReportTable: {', '.join(f'{row.label} {perplexity_text(row)}' for row in self.rows)}>"
@@ -155,10 +157,12 @@ class ReportTable:
         if not math.isfinite(difference.margin):
             return [f"One window cannot say whether {found.label} is better than the best heuristic, {best.label}."]
         interval = f"(95 % interval ± {difference.margin:.3f}, {len(found.losses)} windows)"
+        alone = "By perplexity alone, " if self.has_objectives else ""
+        rule = f"the best heuristic, {best.label}, by {nats} {interval}."
         if difference.is_tie:
-            return [f"A tie: {found.label} differs from the best heuristic, {best.label}, by {nats} {interval}."]
+            return [f"{f'{alone}a' if alone else 'A'} tie: {found.label} differs from {rule}"]
         word = "better" if difference.mean < 0 else "worse"
-        return [f"{found.label} is {word} than the best heuristic, {best.label}, by {nats} {interval}."]
+        return [f"{alone}{found.label} is {word} than {rule}"]
 
     @property
     def warning(self) -> str | None:

@@ -14,6 +14,7 @@ from mlflow_store import client, new_store, runs
 
 from ffgym.config.tables import RunConfig
 from ffgym.pipeline.folder import WRITTEN
+from ffgym.pipeline.stored import read_table
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
@@ -44,6 +45,12 @@ def test_a_reward_with_several_aims_leaves_its_pareto_set(traded: Finished) -> N
     default = next(row for row in rows if row["origin"] == "policy")
     assert chosen["reward"] >= default["reward"]
     assert f"{len(data['pareto_set'])} of {len(rows)} allocations" in traded.said
+
+
+def test_its_verdict_says_that_it_is_about_perplexity_alone(traded: Finished) -> None:
+    (verdict,) = traded.result.table.verdict
+    assert verdict.startswith("By perplexity alone, ")
+    assert read_table(traded.folder).verdict == [verdict]
 
 
 def test_every_episode_is_logged_with_its_objectives(traded: Finished) -> None:

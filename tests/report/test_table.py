@@ -138,6 +138,18 @@ def test_the_search_is_compared_with_the_best_heuristic_on_the_same_windows(loss
     assert verdict in text
 
 
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ((2.6, 3.6, 4.59), "By perplexity alone, reinforce + ridge is worse than the best heuristic"),
+        ((2.4, 3.6, 4.45), "By perplexity alone, a tie: reinforce + ridge differs from the best heuristic"),
+    ],
+)
+def test_where_the_search_had_other_aims_too_the_sentence_says_what_it_compares(losses, sentence):
+    table = replace(compared(WEAK, STRONG, found(*losses)), has_objectives=True)
+    assert table.verdict[0].startswith(sentence)
+
+
 @pytest.mark.parametrize(("losses", "is_said"), [((2.4, 3.4, 4.41), True), ((2.4, 3.9, 4.3), False), (HARD, False)])
 def test_a_refit_that_made_the_result_worse_is_pointed_out(losses, is_said):
     plain = replace(found(*losses), label="reinforce, plain", refit="")
