@@ -37,7 +37,7 @@ def bench_page(file: Path) -> Page:
             "searches": f"{done} of {len(read.cells)} done" if missing else str(done),
             "baseline": ", ".join(read.spec.baseline),
         },
-        table=tables[0].layout(),
+        tables={"The table": tables[0].layout()},
         pictures={file.with_suffix(".png"): "Report perplexity of each search's incumbent against the tokens it took."},
         repeat=command,
         configuration=CONFIGURATION.text(file),

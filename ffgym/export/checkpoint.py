@@ -216,10 +216,28 @@ def _save_by_layer(pruned: Any, prunable: PrunableModel, folder: Path) -> None:
 
 def load_line(directory: Path) -> str:
     """The one line of Python that loads a saved model, in a process that need not have ffgym."""
+    loader, options = _loader(directory)
+    return f"from transformers import {loader}; model = {loader}.from_pretrained({str(directory)!r}{options})"
+
+
+def load_code(directory: Path) -> str:
+    """Python that loads a saved model and its tokenizer."""
+    loader, options = _loader(directory)
+    return "\n".join(
+        [
+            f"from transformers import {loader}, AutoTokenizer",
+            f"folder = {str(directory)!r}",
+            f"model = {loader}.from_pretrained(folder{options})",
+            f"tokenizer = AutoTokenizer.from_pretrained(folder{options})",
+        ]
+    )
+
+
+def _loader(directory: Path) -> tuple[str, str]:
+    """The class that loads a saved model, and further arguments."""
     config = MODEL_CONFIG.read(directory / "config.json")
     loader = f"AutoModelFor{'CausalLM' if config.get('text_config') is None else 'ImageTextToText'}"
-    options = ", trust_remote_code=True" if "auto_map" in config else ""
-    return f"from transformers import {loader}; model = {loader}.from_pretrained({str(directory)!r}{options})"
+    return loader, ", trust_remote_code=True" if "auto_map" in config else ""
 
 
 def uneven_model(prunable: PrunableModel) -> Any:

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
+from typing import Any
 
 from ffgym.config.mixture import described
-from ffgym.export.checkpoint import load_line
+from ffgym.config.toml import written
+from ffgym.export.checkpoint import load_code
 from ffgym.pipeline.artifacts import PICTURES
-from ffgym.pipeline.compare import model_folder
+from ffgym.pipeline.compare import model_folder, refit_name
 from ffgym.pipeline.folder import read_record, resume_command
 from ffgym.pipeline.stored import StoredRun
 from ffgym.recover.folders import output_folder
-from ffgym.report.layout import percent
+from ffgym.report.layout import Table, percent, read_markdown
 from ffgym.report.page import Page
+from ffgym.report.table import perplexity_text
+from ffgym.search.log import read_log
 
 
 def run_page(run: StoredRun) -> Page:
     """The page about a run; one that is not finished gets a page that says so."""
     config, folder, table = run.config, run.folder, run.table
-    search, data = config.search, config.data
+    data, recover = config.data, config.recover
     share = " to ".join(map(percent, dict.fromkeys(config.prune.ends)))
     removed = f"{share} of its prunable {config.prune.resource}"
-    model = model_folder(config, folder, config.main_target)
-    saved = [place for place in (model, output_folder(model)) if (place / "config.json").is_file()]
     again = f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW"
+    log, front_file = folder / "episodes.jsonl", folder / "front.md"
+    episodes = read_log(log).episodes if log.is_file() else ()
+    front = read_markdown(front_file.read_text(encoding="utf-8")) if front_file.is_file() else None
+    main = percent(config.main_target) if config.prune.is_range else ""
+    tables: dict[str, Table[Any]] = {} if front is None else {"The whole range": front}
     unfinished = table is None or not read_record(folder).results
-    warnings = ["This run is not finished. The command at the end of this page goes on with it."] if unfinished else []
-    warnings += [table.warning] if table is not None and table.warning else []
+    warnings = []
+    if unfinished:
+        so_far = f"it has {len(episodes):,} episodes so far"
+        warnings = [f"This run is not finished: {so_far}. The command at the end of this page goes on with it."]
+    if table is not None:
+        tables[f"The table at {main}" if main else "The table"] = table.layout()
+        warnings += [table.warning] if table.warning else []
+    search = f"{len(episodes):,} episodes, {sum(episode.tokens for episode in episodes):,} tokens of "
+    options = ", ".join(f"{key} = {written(value)}" for key, value in config.reward.options.items())
     return Page(
         title=f"{folder.name}: {config.model.name} without {removed}, by {config.agent.name}",
-        summary=[] if table is None else table.verdict,
+        summary=[f"At {main}: {said}" if main else said for said in (table.verdict if table is not None else [])],
         warnings=warnings,
         settings={
             "model": config.model.name,
@@ -37,16 +52,37 @@ def run_page(run: StoredRun) -> Page:
             "agent": config.agent.name,
             "started from": config.prior.name,
             "criterion": config.criterion.name,
-            "reward": config.reward.name,
-            "search": f"{search.episodes:,} episodes of {search.episode_tokens:,} tokens of {described(data.search)}",
+            "reward": f"{config.reward.name} ({options})" if options else config.reward.name,
+            "search": search + described(data.search) + " and task examples" * any(e.examples for e in episodes),
             "calibration": f"{data.whole_tokens('calibration'):,} tokens of {described(data.calibration)}",
             "report": f"{data.whole_tokens('report'):,} tokens of {described(data.report)} in windows of "
             f"{data.window:,}",
+            **({} if recover.method == "none" else {"recovery": f"{recover.method}, {recover.tokens:,} tokens"}),
             "seed": str(config.seed),
         },
-        table=None if table is None else table.layout(),
+        tables=tables,
         pictures={folder / name: caption for name, caption in PICTURES.items()},
-        load="\n\n".join(load_line(place).replace("; ", "\n") for place in saved),
+        load=_loading(run, front),
         repeat=resume_command(folder) if unfinished else again,
         configuration=(folder / "config.toml").read_text(encoding="utf-8").partition("\n[output]")[0],
     )
+
+
+def _loading(run: StoredRun, front: Table[Sequence[str]] | None) -> dict[str, str]:
+    """How to load each saved model, by the row of a table that it is."""
+    config, table, load = run.config, run.table, dict[str, str]()
+    points = dict(zip(config.targets, front.rows[1:], strict=False)) if front is not None else {}
+    for target in config.targets if config.output.save_all else (config.main_target,):
+        place, rows = model_folder(config, run.folder, target), list[str]()
+        if target == config.main_target:
+            saved = [row for row in table.rows if row.is_saved] if table is not None else []
+            rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]
+        elif front is not None and target in points and not config.output.sequential:  # of two refits it has one
+            label, perplexity = front.columns[1].head, points[target][1].split()[0]
+            rows = [f"{label} + {refit_name(config)}: perplexity {perplexity}"]
+        rows += ["the saved model", "the same model, trained afterwards"][len(rows) :]
+        for folder, row in zip((place, output_folder(place)), rows, strict=True):
+            if (folder / "config.json").is_file():
+                at = f"At {percent(target)}, " if config.prune.is_range else ""
+                load[f"{at}{row}"] = load_code(folder)
+    return load

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,9 +163,22 @@ def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
     ]
 
 
+def read_markdown(text: str) -> Table[Sequence[str]]:
+    """The table and the notes that `Table.markdown` wrote, as text."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"\\(.)", r"\1", text)
+
+    lines = text.splitlines()
+    cells = [[plain(cell) for cell in line[2:-2].split(" | ")] for line in lines if line.startswith("| ")]
+    heads, *rows = cells or [[""]]
+    notes = [plain(line.removeprefix("- ")) for line in lines if line.startswith("- ")]
+    return Table(text_columns(*heads), [row for row in rows if len(row) == len(heads)], notes)
+
+
 def stacked(head: str) -> str:
     """A head with line breaks, for a console."""
-    return textwrap.fill(head, 14).replace("/", "\n/")
+    return textwrap.fill(head, 14, break_on_hyphens=False).replace("/", "\n/")
 
 
 def _markdown_cell(text: str, bold: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ class Page:
     Attributes:
         summary: sentences, the most important one first.
         settings: what was run, by name.
-        table: the results; ``None`` where there are none yet.
+        tables: the results by heading.
         pictures: captions by PNG file; what is not there is left out.
         repeat: the command that does it again, or goes on with it.
         configuration: the whole of it, as TOML.
-        load: Python that loads the saved models; empty where there is none.
+        load: Python that loads each saved model, by a line that says which one it is.
         warnings: what a reader must know before anything else.
     """
 
     title: str
     summary: Sequence[str]
     settings: Mapping[str, str]
-    table: Table[Any] | None
+    tables: Mapping[str, Table[Any]]
     pictures: Mapping[Path, str]
     repeat: str
     configuration: str
-    load: str = ""
+    load: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
 
@@ -47,7 +47,11 @@ def write_page(page: Page, path: Path) -> None:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    said = {*page.summary, *page.warnings}
+    said = " ".join([*page.summary, *page.warnings])
+    notes = []  # of each table, once on the page
+    for table in page.tables.values():
+        notes.append([note for note in table.all_notes if note not in said])
+        said = " ".join([said, *notes[-1]])
     pictures = [
         (base64.b64encode(file.read_bytes()).decode("ascii"), caption)
         for file, caption in page.pictures.items()
@@ -55,7 +59,7 @@ def write_page(page: Page, path: Path) -> None:
     ]
     text = environment.get_template("page.html").render(
         page=page,
-        notes=[note for note in page.table.all_notes if note not in said] if page.table is not None else [],
+        tables=zip(page.tables, page.tables.values(), notes, strict=True),
         pictures=pictures,
         version=__version__,
     )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_episodes import episode
 from processes import PATIENCE
 from stored_runs import write_run
 from typer.testing import CliRunner
 
 from ffgym.cli import app
-from ffgym.pipeline.artifacts import PICTURES
+from ffgym.pipeline.artifacts import PICTURES, write_table
+from ffgym.pipeline.stored import read_table
 from ffgym.report.figures import new_figure, save_figure
+from ffgym.search.log import Recorder
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -30,6 +34,9 @@ def run(tmp_path: Path) -> Path:
     folder = write_run(tmp_path, "one")
     for name in PICTURES:
         save_figure(new_figure(3, 2), folder / name)
+    with Recorder(folder / "episodes.jsonl") as log:
+        for i in range(3):
+            log.record(episode(i, 0, 0.5))
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text('{"auto_map": {}}', encoding="utf-8")
     return folder
@@ -47,10 +54,13 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
     for part in (
         "one: demo without 20% of its prunable params, by reinforce",
         "reinforce + ridge is better than the best heuristic, uniform + ridge",
-        "96 episodes of 2,048 tokens of demo:c4",
+        "<dt>search</dt><dd>3 episodes, 192 tokens of demo:c4</dd>",
         "<td>best heuristic</td>",
         "how it was measured",
-        f"AutoModelForCausalLM.from_pretrained(&#39;{run / 'model'}&#39;, trust_remote_code=True)",
+        "<p>reinforce + ridge: perplexity 20.09</p>",
+        f"folder = &#39;{run / 'model'}&#39;",
+        "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+        "AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
         f"ffgym run --config {run / 'config.toml'} --output NEW",
     ):
         assert part in page
@@ -58,11 +68,69 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
     assert "not finished" not in page
 
 
-def test_the_page_says_how_to_load_what_training_made_of_the_model_too(run: Path) -> None:
+def test_every_saved_model_is_named_by_its_row(run: Path) -> None:
+    table = read_table(run)
+    trained = replace(table.saved, label="reinforce + ridge + lora", perplexity=12.0)
     shutil.copytree(run / "model", run / "model-recovered")
+    assert "<p>the same model, trained afterwards</p>" in page_of(run), "by ffgym recover: it is no row of the table"
+    write_table(run, replace(table, rows=(*table.rows, trained)))
+    with (run / "config.toml").open("a") as file:
+        file.write('[recover]\nmethod = "lora"\ntokens = 16000\n')
+    page = " ".join(page_of(run).split())
+    for row, name in (("ridge: perplexity 20.09", "model"), ("ridge + lora: perplexity 12.00", "model-recovered")):
+        code = f"from transformers import AutoModelForCausalLM, AutoTokenizer folder = &#39;{run / name}&#39;"
+        assert f"<p>reinforce + {row}</p> <pre><code>{code}" in page
+    assert "<dt>recovery</dt><dd>lora, 16,000 tokens</dd>" in page
+
+
+FRONT = """\
+| perplexity at | reinforce | uniform | params |
+|---|---:|---:|---:|
+| 0% (dense) | 7.39 | 7.39 | 100.0 M |
+| 10.0% | 11.00 \\* | 12.00 tie | 90.0 M |
+| 22.5% | 20.09 \\* | 33.12 | 80.0 M |
+| 35.0% | 35.00 | 34.00 \\* | 70.0 M |
+
+- \\* lowest perplexity at that sparsity.
+- how it was measured
+"""
+
+
+def test_a_range_has_its_own_table_first_and_the_size_of_the_other_is_said(run: Path) -> None:
+    (run / "config.toml").write_text(
+        '[prune]\nsparsity = "0.1:0.35"\nfront_points = 3\n[output]\nsave_all = true\n', encoding="utf-8"
+    )
+    (run / "front.md").write_text(FRONT, encoding="utf-8")
+    for name in ("0.10", "0.225", "0.35"):
+        shutil.copytree(run / "model", run / f"model-{name}")
     page = page_of(run)
-    for name in ("model", "model-recovered"):
-        assert f"from_pretrained(&#39;{run / name}&#39;, trust_remote_code=True)" in page
+    parts = (
+        '<p class="lead">At 22.5%: reinforce + ridge is better than',
+        "<h2>The whole range</h2>",
+        '<td class="left">10.0%</td><td>11.00 *</td><td>12.00 tie</td><td>90.0 M</td>',
+        "<li>* lowest perplexity at that sparsity.</li>",
+        "<h2>The table at 22.5%</h2>",
+        f'alt="{PICTURES["front.png"]}"',
+        f'alt="{PICTURES["reward.png"]}"',
+        "<p>At 10%, reinforce + ridge: perplexity 11.00</p>",
+        f"{run / 'model-0.10'}&#39;",
+        "<p>At 22.5%, reinforce + ridge: perplexity 20.09</p>",
+        f"{run / 'model-0.225'}&#39;",
+        "<p>At 35%, reinforce + ridge: perplexity 35.00</p>",
+        f"{run / 'model-0.35'}&#39;",
+    )
+    places = [page.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert page.count("how it was measured") == 1
+    (run / "front.md").write_text("", encoding="utf-8")
+    assert "<h2>The table at 22.5%</h2>" in page_of(run), "as much as there is"
+
+
+def test_a_reward_is_shown_with_its_options(run: Path) -> None:
+    with (run / "config.toml").open("a") as file:
+        file.write('[reward]\nname = "multi-objective"\nperplexity = 1.0\ncost = 0.5\n')
+    assert "<dd>multi-objective (perplexity = 1.0, cost = 0.5)</dd>" in page_of(run)
 
 
 def test_a_share_is_no_rounder_than_it_was_asked_for(run: Path) -> None:
@@ -82,7 +150,7 @@ def test_an_unfinished_run_gets_a_page_that_says_so_and_how_to_go_on(run: Path) 
         (run / name).unlink()
     shutil.rmtree(run / "model")
     page = page_of(run)
-    assert "This run is not finished" in page
+    assert "This run is not finished: it has 3 episodes so far." in page
     assert f"ffgym run --resume {run}" in page
     assert "<table>" not in page
     assert "from_pretrained" not in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -75,6 +76,8 @@ def test_numbers_on_an_axis_do_not_run_into_each_other(tmp_path):
     points = [replace(p, objectives={**p.objectives, "accuracy": a}) for p, a in zip(POINTS, places, strict=True)]
     for axes in pareto_figure(points, DENSE, tmp_path / "pareto.png", "on 8 examples").axes:
         low, high = axes.get_xlim()
-        boxes = [tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks() if low < tick.get_loc() < high]
+        boxes = [
+            tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks() if low < tick.get_loc() < high
+        ]
         assert len(boxes) > 1
-        assert all(left.x1 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+        assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
