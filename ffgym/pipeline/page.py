@@ -81,8 +81,8 @@ def _loading(run: StoredRun, front: Table[Sequence[str]] | None) -> dict[str, st
             label, perplexity = front.columns[1].head, points[target][1].split()[0]
             rows = [f"{label} + {refit_name(config)}: perplexity {perplexity}"]
         rows += ["the saved model", "the same model, trained afterwards"][len(rows) :]
-        for folder, row in zip((place, output_folder(place)), rows, strict=True):
+        for folder, row in zip((place, output_folder(place)), rows, strict=False):
             if (folder / "config.json").is_file():
-                at = f"At {percent(target)}, " if config.prune.is_range else ""
+                at = f"At {100 * target:.6g}%, " if config.prune.is_range else ""
                 load[f"{at}{row}"] = load_code(folder)
     return load

@@ -166,11 +166,16 @@ def test_what_a_run_is_called_is_no_markup(tmp_path: Path) -> None:
     assert "&lt;b&gt;one &amp; two" in page
 
 
-def test_a_bench_has_a_page_too(tmp_path: Path) -> None:
+@pytest.fixture
+def bench(tmp_path: Path) -> Path:
     folder = tmp_path / "ablation"
     shutil.copytree(BENCH.parent / "results/start", folder / "results/start")
-    shutil.copy(BENCH, folder)
     shutil.copy(BENCH.parent / "policy-20.json", folder)
+    return Path(shutil.copy(BENCH, folder))
+
+
+def test_a_bench_has_a_page_too(bench: Path, tmp_path: Path) -> None:
+    folder = bench.parent
     done = call(folder / "start.toml", "--output", tmp_path / "page.html")
     assert done.exit_code == 0, done.output
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -217,3 +222,22 @@ def test_a_browser_shows_it_on_phone_and_desktop_light_and_dark_without_an_error
             grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
         browser.close()
     assert grounds["light"] != grounds["dark"]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_a_browser_shows_every_column_of_a_bench_and_no_hole_above_it(bench: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    call(bench)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        for width in (1280, 390):
+            page = browser.new_page(viewport={"width": width, "height": 800})
+            page.set_default_timeout(PATIENCE * 1000)
+            page.goto(bench.with_suffix(".html").as_uri())
+            assert page.evaluate("document.querySelector('thead').clientHeight") < 90, "at most three lines"
+            if width == 1280:
+                assert (
+                    page.evaluate("(box => box.scrollWidth - box.clientWidth)(document.querySelector('.scroll'))") == 0
+                )
+        browser.close()
