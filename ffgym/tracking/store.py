@@ -167,6 +167,12 @@ def import_mlflow() -> Any:
     return mlflow
 
 
+def import_store() -> None:
+    """Import what MLflow imports to open a database: it takes seconds, and other runs should not have to wait."""
+    import alembic.command  # noqa: F401
+    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 def require_writable(root: Path) -> None:
     """Try to write the store before MLflow does, which would retry for a minute and print warnings."""
     if unfit := set("?%") & set(str(root.resolve())):
@@ -178,6 +184,7 @@ def require_writable(root: Path) -> None:
     artifacts(root).mkdir(parents=True, exist_ok=True)
     if not os.access(artifacts(root), os.W_OK):
         raise PermissionError(errno.EACCES, "the artifacts folder is not writable")
+    database(root).touch()  # SQLite would make it writable to its owner alone, whatever the umask allows
     with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
@@ -244,7 +251,6 @@ def _next_step(uri: str, reason: str, instead: str) -> str:
         ("unsupported URI", "Correct MLFLOW_TRACKING_URI, or unset it,"),
         ("not a database", "Move that file away,"),
         ("locked", "Let the program that holds it finish,"),
-        ("could not be acquired", "Let the program that holds it finish,"),
         ("full", "Free some space,"),
         ("No space", "Free some space,"),
     ):

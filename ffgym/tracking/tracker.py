@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import masked, shown
@@ -33,6 +33,7 @@ from ffgym.tracking.store import (
     adopt,
     artifacts,
     client_of,
+    import_store,
     is_server,
     own_uri,
     require_writable,
@@ -48,7 +49,7 @@ from ffgym.version import __version__
 Point = tuple[str, float, int, int]
 """Of a curve: name, value, step, and when, in milliseconds."""
 RESERVE_BYTES = 256 * 1024
-OPENING_SECONDS = 60  # to wait while another process makes the same store, which takes MLflow about 5
+PATIENT_SECONDS = 5  # to wait without a word while another process opens the same store
 RETRY_SECONDS = 60  # after which a server that went away is tried again
 
 
@@ -71,7 +72,7 @@ class Tracker:
         command: what makes the run, e.g. ``"ffgym run"``.
         again: the command that goes on with the run once it has ended early.
         can_go_on: whether there is something to go on with.
-        notify: is told when a server goes away.
+        notify: is told what a user should know, such as that a server went away.
 
     Raises:
         TrackingError: from the ``with`` statement, where the store cannot be opened; from every method, where one that
@@ -253,8 +254,9 @@ class Tracker:
                 # On a full disk, closing this nameless file makes room to say how the run ended.
                 self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root, buffering=0))
                 self._reserve.write(os.urandom(RESERVE_BYTES))
+                import_store()
                 # Processes that make one database at once would each stumble over tables of the other.
-                opening.enter_context(FileLock(self._root / "mlflow.lock", timeout=OPENING_SECONDS))
+                opening.enter_context(self._alone())
             with uninterrupted(self._uri):
                 self._client = client_of(self._uri)
                 if self._uri == own_uri(self._root):
@@ -268,6 +270,15 @@ class Tracker:
                 self._outbox = Outbox(self._unsent, run.info.run_id)
                 self._had_folder = self._unsent.exists()
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
+
+    def _alone(self) -> contextlib.AbstractContextManager[object]:
+        """The lock of those who open the store, acquired; whoever dies lets go of it."""
+        lock = FileLock(self._root / "mlflow.lock")
+        try:
+            return lock.acquire(timeout=PATIENT_SECONDS)
+        except Timeout:
+            self._notify(f"waiting for other runs, which are opening the same MLflow store {shown(self._uri)}")
+            return lock.acquire()
 
     def _source(self) -> dict[str, str]:
         """Tags that MLflow shows as who made the run, with what, and for which other run."""

@@ -270,7 +270,7 @@ def test_more_metrics_than_one_batch_takes(root):
 
 # The first digests are those that another run is about to log as well.
 ONE_OF_TWO = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from ffgym.tracking import tracker
 assert not {"mlflow", "torch"} & sys.modules.keys()
@@ -281,9 +281,13 @@ def wait_for_the_other(step):
     while not other.with_suffix(step).exists():
         time.sleep(0.01)
 
-tracker.OPENING_SECONDS = 600
+def notify(line):
+    assert {"alembic.command", "mlflow.store.tracking.sqlalchemy_store"} <= sys.modules.keys(), "the other waits for it"
+
+os.umask(0o002)
+tracker.PATIENT_SECONDS = 0.1
 wait_for_the_other(".started")
-with tracker.Tracker(root, "ffgym", "one of two") as run:
+with tracker.Tracker(root, "ffgym", "one of two", notify=notify) as run:
     wait_for_the_other(".open")
     for number in range(20):
         run.log_dataset(name="text", context="search", digest=str(number), corpus="demo", tokens=3)
@@ -306,6 +310,7 @@ def test_runs_that_start_at_once_make_a_store_together_without_a_word(tmp_path, 
             each.kill()
     assert sorted(path.name for path in here.iterdir()) == ["new"]
     assert sorted(path.name for path in (here / "new").iterdir()) == ["artifacts", "mlflow.db", "mlflow.lock"]
+    assert all(path.stat().st_mode & 0o020 for path in (here / "new").iterdir()), "a group may share it, as umask says"
     runs = client(here / "new").search_runs([client(here / "new").get_experiment_by_name("ffgym").experiment_id])
     assert [len(run.inputs.dataset_inputs) for run in runs] == [20] * 2
 
@@ -322,11 +327,20 @@ def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch
     assert run_of(root, second).info.experiment_id == run_of(root, first).info.experiment_id
 
 
-def test_a_store_that_another_process_keeps_opening_is_refused_after_a_while(root, monkeypatch):
-    monkeypatch.setattr("ffgym.tracking.tracker.OPENING_SECONDS", 0.2)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "mlflow.lock"), pytest.raises(TrackingError, match="Let the program that holds it finish"):
-        Tracker(root, "ffgym", "run").__enter__()
+def test_a_run_says_that_others_are_opening_its_store_and_waits_until_they_have(root, monkeypatch):
+    monkeypatch.setattr("ffgym.tracking.tracker.PATIENT_SECONDS", 0.1)
+    others = FileLock(root / "mlflow.lock")
+    others.acquire()
+    said = []
+
+    def notify(line):
+        said.append(line)
+        others.release()
+
+    with Tracker(root, "ffgym", "run", notify=notify) as tracker:
+        pass
+    assert [line.startswith("waiting for other runs") for line in said] == [True]
+    assert run_of(root, tracker).info.status == "FINISHED"
 
 
 def test_the_table_becomes_a_file(root):
