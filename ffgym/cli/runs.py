@@ -117,7 +117,7 @@ def sync(
     ] = None,
     root: RootOption = TrackingTable().root,
 ) -> None:
-    """Send what runs kept on disk because their MLflow server could not be reached."""
+    """Send what runs kept on disk because their MLflow store could not be written."""
     from ffgym.tracking.outbox import sync as send_all
 
     store, named = Path(root).expanduser(), [folder.expanduser() for folder in folders or []]

@@ -34,7 +34,7 @@ WRITTEN = frozenset(
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
     | {"front.json", "front.md", "front.png", "model"}
 )
-UNSENT = r"[0-9a-f]{32}\.unsent\.(jsonl|lock)"  # records that an MLflow server has not taken yet
+UNSENT = r"[0-9a-f]{32}\.unsent\.(jsonl|lock)"  # records that MLflow has not taken yet
 # For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
 WRITTEN_PER_POINT = re.compile(
     r"allocation-[01]\.\d+\.json|model-[01]\.\d+|model(-[01]\.\d+)?-recovered(\.unfinished)?"

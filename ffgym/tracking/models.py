@@ -36,13 +36,14 @@ def log_model(
     run = client.get_run(run_id)
     experiment, name = run.info.experiment_id, re.sub(r"[^\w -]+", "_", f"{run.info.run_name} {folder.name}")
     logged = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
-    if any((model.name, str(model.status)) == (name, "READY") for model in logged):
+    begun = [model for model in logged if model.name == name]
+    if any(str(model.status) == "READY" for model in begun):
         return
     is_small = sum(file.stat().st_size for file in folder.iterdir()) <= MOST_COPIED_BYTES
     config = MODEL_CONFIG.read(folder / "config.json")
     is_copied = is_small and config.get("text_config") is None  # MLflow's pipeline is for language models alone
     tags = {FOLDER_TAG: path} | ({} if is_copied else {"mlflow.model.isExternal": "true"})
-    model = client.create_logged_model(experiment, name, run_id, tags, dict(params))
+    model = begun[0] if begun else client.create_logged_model(experiment, name, run_id, tags, dict(params))
     with tempfile.TemporaryDirectory() as around:
         if is_copied:
             _add_description(folder, Path(around), model, run_id, config["architectures"][0])

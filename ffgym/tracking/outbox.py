@@ -1,4 +1,4 @@
-"""Records of a run that a server has not taken yet, kept in a file until it does.
+"""Records of a run that its MLflow store has not taken yet, kept in a file until it does.
 
 A file is named after its run, and every line is a record. Whoever sends them holds a lock, so that a run and
 ``ffgym sync`` never send the same one.
@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from ffgym.errors import TrackingError
-from ffgym.files import FileFormat, exclusive_lock, write_text
+from ffgym.files import FileFormat, exclusive_lock, write_text, writing
+from ffgym.tracking.masking import shown
 from ffgym.tracking.records import send
-from ffgym.tracking.runs import run_with_id
+from ffgym.tracking.runs import run_or_none, run_with_id
 from ffgym.tracking.store import database, own_uri, reading_store, tracking_uri
 from ffgym.types import JSONDict
 
@@ -38,9 +39,12 @@ class Outbox:
         return self.folder / f"{self.run_id}{SUFFIX}"
 
     def add(self, record: JSONDict) -> None:
-        """Keep one more record."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock(), self.path.open("a", encoding="utf-8") as file:
+        """Keep one more record.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with writing(self.path), self._lock(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def forward(self, send: Callable[[JSONDict], None]) -> int:
@@ -82,19 +86,33 @@ def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> 
         how many records were sent.
 
     Raises:
-        TrackingError: the store cannot be written, or does not have the run; what was not sent goes on waiting.
+        TrackingError: the store cannot be written, or does not have a run, or not any more; what was not sent goes on
+            waiting. What is perhaps of another store holds up nothing else.
     """
-    total = 0
+    total, strays = 0, []
     waiting = [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]
     for path in {path.resolve(): path for path in waiting}.values():  # a folder may lie in another
-        if tracking_uri(root) == own_uri(root) and not database(root).is_file():
-            raise TrackingError(
-                f"the records in {path} wait for an MLflow server, and MLFLOW_TRACKING_URI names none",
-                hint="Set MLFLOW_TRACKING_URI to its address.",
-            )
-        run = run_with_id(root, path.name.removesuffix(SUFFIX), f"{path}: ")
+        run_id = path.name.removesuffix(SUFFIX)
+        if not _is_known(root, run_id):
+            strays.append(str(path))
+            continue
+        run = run_with_id(root, run_id, f"{path}: ")
         with reading_store(root, f"write run {run.name!r} to") as (client, _):
             sent = Outbox(path.parent, run.id).forward(partial(send, client, run.id))
         notify(f"{run.name}: {sent} records sent, from {path}")
         total += sent
+    if strays:
+        raise TrackingError(
+            f"there is no MLflow run in {shown(tracking_uri(root))} for the records in {', '.join(strays)}",
+            hint="Name their store: a server with MLFLOW_TRACKING_URI, or else a folder with --root. What waits for a "
+            "store that is gone may be deleted.",
+        )
     return total
+
+
+def _is_known(root: Path, run_id: str) -> bool:
+    """Whether there is a store, and it has a run or did have it until it was deleted."""
+    if tracking_uri(root) == own_uri(root) and not database(root).is_file():
+        return False
+    with reading_store(root, f"read run {run_id!r} of") as (client, _):
+        return run_or_none(client, run_id) is not None

@@ -21,24 +21,24 @@ from ffgym.types import JSONDict
 
 METRICS_PER_BATCH = 1000  # limits of MLflow's log_batch
 PARAMS_PER_BATCH = 100
-REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes of a server that answers, and says no
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes of a store that answers, and says no
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 5000
 DIGEST_CHARACTERS = 36
 
 
 def send(client: Any, run_id: str, record: JSONDict) -> None:
-    """Write one record; of a file that is gone, or of what a server refuses, say so and go on."""
+    """Write one record; of a file that is gone, or of what MLflow refuses, say so and go on."""
     if "path" in record and not Path(record["path"]).exists():
         _say(f"{record['path']} is not there any more, so MLflow does not get it")
         return
-    from mlflow.exceptions import RestException
+    from mlflow.exceptions import MlflowException
 
     values = {key: value for key, value in record.items() if key != "write"}
     try:
         KINDS[record["write"]](client, run_id, **values)
-    except RestException as error:
-        # A server refuses everything of a deleted run, but that may be restored.
+    except MlflowException as error:
+        # A store refuses everything of a deleted run, but that may be restored.
         if error.error_code not in REFUSALS or client.get_run(run_id).info.lifecycle_stage != "active":
             raise
         _say(f"MLflow refuses {record['write']} of this run: {masked(str(error).splitlines()[0])}")

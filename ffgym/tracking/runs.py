@@ -111,24 +111,31 @@ def run_with_id(root: Path, run_id: str, where: str = "") -> TrackedRun:
     Raises:
         TrackingError: there is none, or it was deleted.
     """
-    from mlflow.exceptions import MlflowException
-
     with reading_store(root, f"read run {run_id!r} of") as (client, uri):
-        try:
-            run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
+        run = run_or_none(client, run_id)
+        if run is None:
             raise TrackingError(
                 f"{where}there is no MLflow run {run_id} in {shown(uri)}",
                 hint="`ffgym runs` lists what is there; another store is named with --root or MLFLOW_TRACKING_URI.",
-            ) from None
+            )
         if run.info.lifecycle_stage != "active":
             raise TrackingError(
                 f"{where}the MLflow run {run_id} was deleted",
                 hint=f"Restore it: MLFLOW_TRACKING_URI=... mlflow runs restore --run-id {run_id}",
             )
         return _tracked(run)
+
+
+def run_or_none(client: Any, run_id: str) -> Any:
+    """MLflow's run with an id, which may have been deleted; ``None`` where the store does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def _tracked(run: Any) -> TrackedRun:

@@ -27,6 +27,7 @@ FOLDER_TAG = "ffgym.folder"
 PARENT_TAG = "mlflow.parentRunId"
 INTERRUPTION_TAG = "ffgym.interruption"
 RESUME_TAG = "ffgym.resume"
+BUSY_SECONDS = 10.0  # to wait for another process that writes the database
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 
 # Packages of database drivers that are not named like the module.
@@ -111,7 +112,7 @@ def adopt(root: Path) -> None:
         sqlite3.Error: the database cannot be read or written.
     """
     here = str(artifacts(root))
-    with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection, connection:
+    with contextlib.closing(sqlite3.connect(database(root), timeout=BUSY_SECONDS)) as connection, connection:
         locations = {row[0] for row in connection.execute("SELECT artifact_location FROM experiments")}
         for old in filter(_is_another_stores, locations - {here}):
             for table, column in LOCATIONS:
@@ -174,7 +175,7 @@ def import_store() -> None:
 
 
 def require_writable(root: Path) -> None:
-    """Try to write the store before MLflow does, which would retry for a minute and print warnings."""
+    """Make the store's folder and its file, and try to write them."""
     if unfit := set("?%") & set(str(root.resolve())):
         # These have a meaning in a URI: MLflow would open another file.
         raise TrackingError(
@@ -185,7 +186,19 @@ def require_writable(root: Path) -> None:
     if not os.access(artifacts(root), os.W_OK):
         raise PermissionError(errno.EACCES, "the artifacts folder is not writable")
     database(root).touch()  # SQLite would make it writable to its owner alone, whatever the umask allows
-    with contextlib.closing(sqlite3.connect(database(root), timeout=10)) as connection:
+    try_to_write(root)
+
+
+def try_to_write(root: Path) -> None:
+    """Try to write the database before MLflow does, which would retry for a minute and print warnings.
+
+    Raises:
+        OSError: it is not there any more; MLflow would go on reading a deleted file, and make its folder again.
+        sqlite3.Error: it cannot be written.
+    """
+    if not database(root).is_file():
+        raise FileNotFoundError(errno.ENOENT, "the database is not there any more")
+    with contextlib.closing(sqlite3.connect(database(root), timeout=BUSY_SECONDS)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("ROLLBACK")
 

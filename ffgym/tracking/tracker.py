@@ -18,11 +18,12 @@ from typing import IO, Any, Self
 
 from filelock import FileLock, Timeout
 
-from ffgym.errors import TrackingError
+from ffgym.errors import OutputError, TrackingError
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import SHORT_NAMES, Result, parameters
 from ffgym.tracking.outbox import Outbox
 from ffgym.tracking.records import send
+from ffgym.tracking.runs import run_or_none
 from ffgym.tracking.store import (
     DESCRIPTION_TAG,
     FAILURE_TAG,
@@ -34,11 +35,11 @@ from ffgym.tracking.store import (
     artifacts,
     client_of,
     import_store,
-    is_server,
     own_uri,
     require_writable,
     tracking_uri,
     translated,
+    try_to_write,
     uninterrupted,
 )
 from ffgym.tracking.system import SystemMetrics
@@ -50,7 +51,7 @@ Point = tuple[str, float, int, int]
 """Of a curve: name, value, step, and when, in milliseconds."""
 RESERVE_BYTES = 256 * 1024
 PATIENT_SECONDS = 5  # to wait without a word while another process opens the same store
-RETRY_SECONDS = 60  # after which a server that went away is tried again
+RETRY_SECONDS = 60  # after which a store that took nothing is tried again
 
 
 class Tracker:
@@ -59,13 +60,14 @@ class Tracker:
     Leaving the block normally marks the run FINISHED, Ctrl-C marks it KILLED, any other exception FAILED with the
     reason in the tag ``ffgym.failure``. (MLflow's own context manager would mark Ctrl-C as FAILED.)
 
-    What a server does not take once the run has begun is kept in ``unsent``, and sent as soon as it answers again, by
-    this run, by the one that resumes it, or by ``ffgym sync``. What a server refuses for good is said and left out.
+    What the store does not take once the run has begun, because a server is away, or a database full, locked or gone,
+    is kept in ``unsent``, and sent as soon as it does, by this run, by the one that resumes it, or by ``ffgym sync``.
+    What MLflow refuses for good is said and left out.
 
     Args:
         root: folder of the store, made if it is missing.
         enabled: ``False`` writes nothing and imports nothing: every method may be called and does nothing.
-        unsent: folder for what a server does not take, which must be there once there is something to keep.
+        unsent: folder for what the store does not take, which must be there once there is something to keep.
         parent: ``run_id`` of the run that this one is a child of.
         resume: ``run_id`` of an earlier session of the same run, which goes on: what that has logged is not logged
             again. Where the store does not have it (any more), a new run is made.
@@ -75,8 +77,8 @@ class Tracker:
         notify: is told what a user should know, such as that a server went away.
 
     Raises:
-        TrackingError: from the ``with`` statement, where the store cannot be opened; from every method, where one that
-            is no server cannot be written.
+        TrackingError: from the ``with`` statement, where the store cannot be opened.
+        OutputError: from every method, where ``unsent`` cannot be written either.
     """
 
     def __init__(
@@ -109,14 +111,15 @@ class Tracker:
         self._notify = notify
         self._earlier: dict[str, dict[int, float]] = {}  # values that earlier sessions logged, by metric and step
         self._uri = tracking_uri(root) if enabled else ""
+        self._is_own = enabled and self._uri == own_uri(root)
         self._client: Any = None
         self._params: dict[str, str] = {}
         self._still: dict[str, list[tuple[float, int]]] = {}  # (value, step) of each curve that has not moved yet
         self._description = ""
         self._result: list[Point] = []
         self._system = SystemMetrics()
-        self._outbox: Outbox | None = None  # of a run on a server
-        self._retry_at: float | None = None  # when a server that went away is tried again
+        self._outbox: Outbox | None = None  # of a run that has begun
+        self._retry_at: float | None = None  # when a store that took nothing is tried again
         self._reserve: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -143,14 +146,13 @@ class Tracker:
                 self._end("KILLED")
                 raise
         else:
-            # A store that is broken must not hide why the run ended.
-            with contextlib.suppress(TrackingError):
+            # A full disk must not hide why the run ended.
+            with contextlib.suppress(OutputError):
                 self._end_early(error)
         if self._outbox is not None and len(self._outbox):
-            self._notify(
-                f"{len(self._outbox)} records of the MLflow run are still to be sent: "
-                f"ffgym sync {shlex.quote(str(self._outbox.path.parent))}"
-            )
+            store = ["--root", str(self._root)] if self._is_own else []
+            command = shlex.join(["ffgym", "sync", str(self._outbox.folder), *store])
+            self._notify(f"{len(self._outbox)} records of the MLflow run are still to be sent: {command}")
 
     def log_config(self, config: Mapping[str, Any], toml: str) -> None:
         """Log the resolved configuration: what decides the run as parameters, and the whole TOML as an artifact.
@@ -249,7 +251,7 @@ class Tracker:
         """Open the store and begin the run."""
         translating = translated(self._uri, "open the MLflow store")
         with translating, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
-            if self._uri == own_uri(self._root):
+            if self._is_own:
                 require_writable(self._root)
                 # On a full disk, closing this nameless file makes room to say how the run ended.
                 self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root, buffering=0))
@@ -259,16 +261,15 @@ class Tracker:
                 opening.enter_context(self._alone())
             with uninterrupted(self._uri):
                 self._client = client_of(self._uri)
-                if self._uri == own_uri(self._root):
+                if self._is_own:
                     adopt(self._root)
                 experiment = self._experiment_id()
                 run = self._earlier_run() or self._client.create_run(
                     experiment, run_name=self._run_name, tags=self._source()
                 )
-                self.run_id = run.info.run_id
-            if is_server(self._uri):
-                self._outbox = Outbox(self._unsent, run.info.run_id)
                 self._had_folder = self._unsent.exists()
+                self._outbox = Outbox(self._unsent, run.info.run_id)
+                self.run_id = run.info.run_id
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _alone(self) -> contextlib.AbstractContextManager[object]:
@@ -290,17 +291,10 @@ class Tracker:
 
     def _earlier_run(self) -> Any:
         """The run of an earlier session, marked as running again once its unsent records are sent; else ``None``."""
-        from mlflow.exceptions import MlflowException
-
         if self._resume is None:
             return None
-        try:
-            run = self._client.get_run(self._resume)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-        if run.info.lifecycle_stage != "active":
+        run = run_or_none(self._client, self._resume)
+        if run is None or run.info.lifecycle_stage != "active":
             return None
         Outbox(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
         self._client.update_run(self._resume, status="RUNNING")
@@ -337,10 +331,9 @@ class Tracker:
         """Find the experiment or make it."""
         from mlflow.exceptions import MlflowException
 
-        own = self._uri == own_uri(self._root)
         found = self._client.get_experiment_by_name(self._experiment)
         if found is None:
-            location = str(artifacts(self._root)) if own else None
+            location = str(artifacts(self._root)) if self._is_own else None
             try:
                 return str(self._client.create_experiment(self._experiment, artifact_location=location, tags=TAGS))
             except MlflowException as error:
@@ -352,7 +345,7 @@ class Tracker:
                 f"the MLflow experiment {self._experiment!r} in {shown(self._uri)} was deleted",
                 hint="Restore it, or take another name with --set tracking.experiment=NAME.",
             )
-        if own and not Path(found.artifact_location).is_dir():
+        if self._is_own and not Path(found.artifact_location).is_dir():
             # MLflow would silently make the folder again.
             raise TrackingError(
                 f"the MLflow experiment {self._experiment!r} keeps its artifacts in {found.artifact_location}, "
@@ -385,13 +378,10 @@ class Tracker:
             self._end("KILLED" if interrupted else "FAILED")
 
     def _write(self, kind: str, **values: Any) -> None:
-        """Send a record to the run; keep what a server does not take."""
-        if self.run_id is None:
+        """Send a record to the run; keep what the store does not take."""
+        if self._outbox is None:
             return
         record = {"write": kind, **values}
-        if self._outbox is None:
-            self._send(record)
-            return
         is_away = self._retry_at is not None
         try:
             if self._retry_at is None:
@@ -405,7 +395,8 @@ class Tracker:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             if not is_away:
                 self._keep(record)
-                self._notify(f"{error.message}; the run goes on, and keeps what it logs in {self._outbox.path}")
+                kept = f", and keeps what it logs in {self._outbox.path}" if len(self._outbox) else ""
+                self._notify(f"{error.message}; the run goes on{kept}")
 
     def _keep(self, record: JSONDict) -> None:
         """Keep a record on disk; of a run that found nothing, whose folder has been removed, nothing is kept."""
@@ -415,6 +406,8 @@ class Tracker:
     def _send(self, record: JSONDict) -> None:
         assert self.run_id is not None, "the run has begun"
         with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
+            if self._is_own:
+                try_to_write(self._root)
             send(self._client, self.run_id, record)
 
 

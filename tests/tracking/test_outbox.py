@@ -44,12 +44,21 @@ def test_a_file_that_was_only_begun_holds_nothing(box: Outbox, left: str) -> Non
     assert not box.path.exists()
 
 
-def test_records_of_a_server_that_is_not_named(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_there", [False, True], ids=["no store", "another store"])
+def test_records_of_a_store_that_is_not_named_stay_and_hold_up_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_there: bool
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    box.add({"write": "tags", "values": {"late": "yes"}})
-    with pytest.raises(TrackingError, match=r"wait for an MLflow server.*\n.*Set MLFLOW_TRACKING_URI"):
-        sync(box.path.parent, [box.path.parent], print)
-    assert len(box) == 1
+    root, boxes = tmp_path / "mlruns", [Outbox(tmp_path / "runs" / "a", "a" * 32)]
+    if is_there:
+        run_id = client(new_store(root)).create_run("0", run_name="one").info.run_id
+        boxes.append(Outbox(tmp_path / "runs" / "b", run_id))
+    for box in boxes:
+        box.add({"write": "tags", "values": {"late": "yes"}})
+    complaint = rf"no MLflow run in {root}/mlflow.db for the records in {boxes[0].path}\n.*MLFLOW_TRACKING_URI"
+    with pytest.raises(TrackingError, match=complaint):
+        sync(root, [tmp_path / "runs"], print)
+    assert [len(box) for box in boxes] == [1, 0][: len(boxes)]
 
 
 def test_a_folder_that_lies_in_another_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -20,7 +21,9 @@ from mlflow_store import client, new_store
 from processes import PATIENCE
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+from typer.testing import CliRunner
 
+from ffgym.cli.app import app
 from ffgym.errors import TrackingError
 from ffgym.tracking.names import Result
 from ffgym.tracking.runs import list_runs
@@ -607,15 +610,86 @@ def test_an_address_of_no_kind_that_mlflow_knows_is_named(root, monkeypatch):
         pass
 
 
-def test_a_disk_that_fills_up_is_a_tracking_error_and_not_sql(root, small_files):
-    def log_much(tracker):
-        small_files((root / "mlflow.db").stat().st_size)
-        tracker.log_metrics([(f"metric {i}", 0.0, 0) for i in range(4000)])
+@pytest.fixture
+def make_trouble(root, small_files, monkeypatch):
+    """Makes a store that cannot be written, and gives what makes it well again."""
+    monkeypatch.setattr("ffgym.tracking.store.BUSY_SECONDS", 0.1)
+    away = root.with_name("away")
 
-    with pytest.raises(TrackingError) as caught, Tracker(root, "ffgym", "run") as tracker:
-        log_much(tracker)
-    assert str(root / "mlflow.db") in str(caught.value)
-    assert "SQL" not in str(caught.value)
+    def fill():
+        small_files((root / "mlflow.db").stat().st_size)
+        return lambda: small_files(-1)
+
+    def lock():
+        other = sqlite3.connect(root / "mlflow.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        return other.close
+
+    def move():
+        root.rename(away)
+        return lambda: away.rename(root)
+
+    return lambda trouble: {"full": fill, "locked": lock, "moved": move}[trouble]()
+
+
+@pytest.mark.parametrize("trouble", ["full", "locked", "moved"])
+def test_what_a_store_does_not_take_in_mid_run_is_kept_and_sent_by_sync(root, tmp_path, make_trouble, trouble):
+    said, folder = [], tmp_path / "my run"
+    with Tracker(root, "ffgym", "run", unsent=folder, notify=said.append) as tracker:
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+        make_well = make_trouble(trouble)
+        tracker.log_metrics([(f"metric {index}", 0.0, 0) for index in range(4000)])
+        (folder / "note.txt").write_text("kept")
+        tracker.log_artifact(folder / "note.txt")
+    why = {"full": "disk I/O error", "locked": "database is locked", "moved": "the database is not there any more"}
+    assert said[0].startswith(f"cannot write to the MLflow store {root / 'mlflow.db'}: {why[trouble]}; the run goes on")
+    assert said[1:] == [f"3 records of the MLflow run are still to be sent: ffgym sync '{folder}' --root '{root}'"]
+    assert root.exists() == (trouble != "moved"), "it is not made again"
+    make_well()
+    sent = CliRunner().invoke(app, shlex.split(said[1].partition("ffgym ")[2]))
+    assert (sent.exit_code, "3 records sent" in sent.output) == (0, True)
+    run = run_of(root, tracker)
+    assert run.info.status == "FINISHED"
+    assert {"search/reward", "metric 3999"} <= run.data.metrics.keys()
+    assert (root / "artifacts" / tracker.run_id / "artifacts" / "note.txt").read_text() == "kept"
+    assert os.listdir(folder) == ["note.txt"]
+
+
+def test_a_run_sends_what_was_kept_once_its_store_takes_it(root, make_trouble, monkeypatch):
+    monkeypatch.setattr("ffgym.tracking.tracker.RETRY_SECONDS", 0.0)
+    said = []
+    with Tracker(root, "ffgym", "run", unsent=root.parent, notify=said.append) as tracker:
+        make_well = make_trouble("moved")
+        for step in (0, 1):
+            tracker.log_metrics([("search/reward", 0.1, step)])
+        make_well()
+        tracker.log_metrics([("search/reward", 0.1, 2)])
+    assert len(said) == 1
+    history = client(root).get_metric_history(tracker.run_id, "search/reward")
+    assert [point.step for point in history] == [0, 1, 2]
+
+
+def test_a_model_that_was_copied_in_part_is_logged_once(root, tmp_path):
+    blocked = root / "artifacts" / "models"
+    with Tracker(root, "ffgym", "run", notify=lambda line: None) as tracker:
+        blocked.touch()
+        tracker.log_model(saved_model(tmp_path))
+        blocked.unlink()
+    (logged,) = client(root).search_logged_models([run_of(root, tracker).info.experiment_id])
+    assert str(logged.status) == "READY"
+
+
+def test_what_mlflow_refuses_holds_up_nothing_else(root, capsys):
+    said = []
+    with Tracker(root, "ffgym", "run", notify=said.append) as tracker:
+        client(root).log_param(tracker.run_id, "agent", "ppo")
+        tracker.log_params({"agent": "random"})  # which it has with another value
+        tracker.log_metrics([("search/reward", 0.1, 0)])
+    run = run_of(root, tracker)
+    assert (run.info.status, run.data.params["agent"]) == ("FINISHED", "ppo")
+    assert run.data.metrics["search/reward"] == 0.1
+    assert "MLflow refuses params of this run" in capsys.readouterr().err
+    assert said == []
 
 
 def test_the_reason_of_a_failure_is_not_hidden_by_a_broken_store(root):
