@@ -96,14 +96,18 @@ def _matches(run: TrackedRun, column: str, wanted: str) -> bool:
     if isinstance(value, int | float):
         with suppress(ValueError):
             return round(value, len(wanted.partition(".")[2])) == float(wanted)
-    texts = [] if value is None else [str(value), _cell(run, column)]
+    texts = {"" if value is None else str(value), _cell(run, column)} - {""}
     return any(fnmatch(text.lower(), wanted.lower()) for text in texts)
 
 
 def _cell(run: TrackedRun, column: str) -> str:
     value = getattr(run, column)
+    if column == "sparsity" and run.sparsity_range is not None:
+        return run.sparsity_range
     if value is None:
         return ""
+    if column == "agent" and (count := value.count(", ") + 1) > 2:  # of a bench; one long cell would widen all lines
+        return f"{count} agents"
     if isinstance(value, datetime):
         value = value.astimezone()  # local time, which the names of runs show too
     return run.id[:ID_CHARACTERS] if column == "id" else FORMATS.get(column, "{}").format(value)

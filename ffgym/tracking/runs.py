@@ -29,6 +29,7 @@ class TrackedRun:
         agent: who searched; of a heuristic without a search ``"one-shot"``.
         model: what was pruned, as ``model.name`` has it.
         sparsity: what was reached over the prunable sublayers, in [0, 1], or else the target.
+        sparsity_range: the targets of a run over a range, as MLflow shows them, such as ``"0.1:0.6"``.
         result: perplexity on the report split of the model that was saved.
         ratio: ``result`` as a multiple of the dense model's.
         tokens: that the agent's episodes took.
@@ -43,6 +44,7 @@ class TrackedRun:
     criterion: str | None = None
     model: str | None = None
     sparsity: float | None = None
+    sparsity_range: str | None = None
     result: float | None = None
     ratio: float | None = None
     tokens: int | None = None
@@ -140,6 +142,7 @@ def run_or_none(client: Any, run_id: str) -> Any:
 
 def _tracked(run: Any) -> TrackedRun:
     params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
+    target = params.get("sparsity")
     tokens, folder = metrics.get("result/search_tokens"), tags.get(FOLDER_TAG)
     return TrackedRun(
         id=run.info.run_id,
@@ -149,7 +152,8 @@ def _tracked(run: Any) -> TrackedRun:
         agent=params.get("agent"),
         criterion=params.get("criterion"),
         model=params.get("model"),
-        sparsity=metrics.get("result/sparsity", _number(params.get("sparsity"))),
+        sparsity=metrics.get("result/sparsity", _number(target)),
+        sparsity_range=target if target is not None and _number(target) is None else None,
         result=metrics.get("result/perplexity"),
         ratio=metrics.get("result/ratio_to_dense"),
         tokens=None if tokens is None else round(tokens),

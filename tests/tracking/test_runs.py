@@ -128,6 +128,19 @@ def test_the_list_shows_what_runs_are_compared_by(root):
         assert part in line
 
 
+def test_many_agents_are_counted_and_a_range_is_shown_as_such(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = new_store(tmp_path / "mlruns")
+    track(root, "bench", "reinforce, cma-es, random")
+    track(root, "range", result=Result(22.0, 20.0, 0.35), prune={"sparsity": "0.1:0.6"})
+    _, line = listed(root, "--filter", "agent=*cma-es*").splitlines()
+    assert "bench" in line
+    assert "3 agents" in line
+    _, line = listed(root, "--filter", "sparsity=0.1:0.6").splitlines()
+    assert "range" in line
+    assert "35.0%" not in line
+
+
 def test_it_is_sorted_with_what_has_no_value_last(root):
     assert names(root, "--sort", "result")[:3] == ["third", "first", "second"]
     assert names(root, "--sort=-result")[:3] == ["second", "first", "third"]
