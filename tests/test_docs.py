@@ -417,9 +417,9 @@ def test_tutorial_recovery_trains(random_windows: Any) -> None:
         progress=lambda steps: Reporter(Console(quiet=True)).stage("training", steps), log=lambda _: None,
     )  # fmt: skip
     method = example("docs/plugins.md", "recovery")()
+    before = setup.held_out_loss()
     outcome = method.train(setup)
-    assert outcome.after < outcome.before
-    assert outcome.after == evaluate(model, windows).loss
+    assert setup.held_out_loss() < before
     method.draw(new_figure(4, 3).subplots(), json.loads(json.dumps(outcome.curve)))
 
 

@@ -62,7 +62,6 @@ class DistilMLP(Recovery):
         """Train every MLP towards the dense one; each keeps the weights that fit held-out text best."""
         steps = steps_of(setup)
         layers = dense_or_pruned_family_of(setup.model).layers(setup.model)
-        before = setup.held_out_loss()
         with setup.progress(len(layers) * steps) as stage:
 
             def on_step(layer: int, step: int, error: float) -> None:
@@ -78,16 +77,12 @@ class DistilMLP(Recovery):
             )
             with raising_if_out_of_memory(short):
                 fits = distil_mlps(setup, on_step, on_layer)
-        after = setup.held_out_loss()
-        setup.log([("held_out_loss", before, 0), ("held_out_loss", after, 1)])
         return TrainingOutcome(
-            before=before,
-            after=after,
             summary=f"Every MLP was trained by Adam towards the output of the dense one, layer by layer on the pruned "
             f"model's own states: {steps} steps of {setup.batch_tokens:,} tokens each at up to "
             f"{setup.learning_rate:g}, seed {setup.seed}.",
             kept="the trained weights were kept",
-            curve={"held_out": [before, after], "layers": [asdict(fit) for fit in fits]},
+            curve={"layers": [asdict(fit) for fit in fits]},
         )
 
     def draw(self, axes: Any, curve: JSONDict) -> None:

@@ -85,14 +85,8 @@ class Lora(Recovery):
                 setup.log(points)
 
             curve = train_lora(setup, self.config, on_step)
-        before, options = curve.held_out[0][1], self.config
-        after = setup.held_out_loss() if curve.chosen else before  # merging has rounded what the adapters learned
-        if not after < before:
-            curve.chosen = 0
-        step_tokens = batch_windows(setup) * setup.windows.shape[1]
+        options, step_tokens = self.config, batch_windows(setup) * setup.windows.shape[1]
         return TrainingOutcome(
-            before=before,
-            after=after,
             summary=f"LoRA of rank {options.rank} (alpha {options.alpha:g}) on all linears of attention and MLP, "
             f"merged: {steps_of(setup)} steps of {step_tokens:,} tokens at up to {setup.learning_rate:g}, "
             f"seed {setup.seed}.",
@@ -113,11 +107,11 @@ class Lora(Recovery):
         axes.plot(
             *zip(*held_out, strict=True), color=ORANGE, marker="o", markersize=4, label="held-out text (search split)"
         )
-        kept = dict(held_out)[chosen]
-        axes.plot([chosen], [kept], color=GREEN, marker="*", markersize=14, linestyle="", label=f"kept: step {chosen}")
+        best = dict(held_out)[chosen]
+        axes.plot([chosen], [best], color=GREEN, marker="*", markersize=14, linestyle="", label=f"best: step {chosen}")
         axes.set_xlabel("optimiser steps done")
         axes.set_ylabel("loss (nats per token)")
-        axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {kept:.3f} after", loc="left")
+        axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {best:.3f} after", loc="left")
 
 
 def batch_windows(setup: TrainingSetup) -> int:

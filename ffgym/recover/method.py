@@ -60,19 +60,14 @@ class TrainingSetup:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What came of a training.
+    """What came of a training. The commands measure its held-out loss, and undo it where that did not become lower.
 
     Attributes:
-        before: loss on the held-out windows before training, nats per token.
-        after: the same with the weights that the model has now. The commands measure both themselves, and undo the
-            training where that did not lower the loss.
         summary: a sentence that says what was done.
         kept: which weights the model has now, e.g. ``"the adapters of step 4 were merged"``.
         curve: how training went, JSON: what ``recovery.json`` holds and ``draw`` draws, after the model was saved.
     """
 
-    before: float
-    after: float
     summary: str
     kept: str
     curve: JSONDict

@@ -184,8 +184,8 @@ def train_and_save(
         recovery.log_start()
         if checkpoint.exists:
             reporter.print(f"going on with the training in {checkpoint.folder}")
-        outcome = recovery.train()
-        return recovery.save(outcome, recovery.compare(), place, overwrite)
+        outcome, gain = recovery.train()
+        return recovery.save(outcome, gain, recovery.compare(), place, overwrite)
 
 
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:
@@ -267,11 +267,11 @@ class _Recovery:
             tokens=text.windows.numel(),
         )
 
-    def train(self) -> TrainingOutcome:
+    def train(self) -> tuple[TrainingOutcome, str]:
         """Let the method train the model; where that lowered no loss, take the model as it was.
 
         Returns:
-            what the method handed back, with the losses that are measured here: its own may be of other weights.
+            what the method handed back, and a sentence on the losses before and after.
         """
         setup, who = self._setup(), manager.described(self.method)
         before, given = setup.held_out_loss(), _parameters(setup.model)
@@ -288,10 +288,12 @@ class _Recovery:
                 f"{who}: after training, parameter {name} is {returned.get(name, 'gone')}, not {given[name]}",
                 hint="Hand the model back as it was given: convert it back, and take out what was put in.",
             )
-        outcome = replace(outcome, before=before, after=setup.held_out_loss())
-        if not outcome.after < outcome.before:
-            self.loaded = _load(self.source, self.config)
-        return outcome
+        after, where = setup.held_out_loss(), "held-out windows of the search split"
+        setup.log([("held_out_before", before, 0), ("held_out_after", after, 0)])
+        if after < before:
+            return outcome, f"Loss on {where}: {before:.4f} before, {after:.4f} after; {outcome.kept}."
+        self.loaded = _load(self.source, self.config)
+        return outcome, f"Training did not lower the loss on {where}, {before:.4f}: nothing was kept."
 
     def _setup(self) -> TrainingSetup:
         table, loaded, dense = self.config.recover, self.loaded, None
@@ -349,10 +351,12 @@ class _Recovery:
             result = _evaluate(loaded, windows, stage.advance)
         return Measured(label, result, sum(p.numel() for p in loaded.model.parameters()))
 
-    def save(self, outcome: TrainingOutcome, table: RecoveryTable, place: Path, overwrite: bool) -> RecoveredModel:
+    def save(
+        self, outcome: TrainingOutcome, gain: str, table: RecoveryTable, place: Path, overwrite: bool
+    ) -> RecoveredModel:
         """Save the model with all that is known of it, and delete the checkpoints; then draw how training went."""
         text, method = self.texts.training, self.method.name
-        summary = (outcome.summary, _gain(outcome), f"Training text: {text.source}.")
+        summary = (outcome.summary, gain, f"Training text: {text.source}.")
         files = self._write_results(outcome, table)
         old_card = self.source / "README.md"
         card = recovered_card(
@@ -437,10 +441,3 @@ def _record(config: RunConfig, dense: str | None) -> str:
     if dense is not None:
         return _as_toml(config.model_copy(update={"model": config.model.model_copy(update={"name": dense})}))
     return re.sub(r"(?m)^(\[model\].*\n)name = .*\n", r"\1", _as_toml(config))
-
-
-def _gain(outcome: TrainingOutcome) -> str:
-    before, after = outcome.before, outcome.after
-    if after < before:
-        return f"Loss on held-out windows of the search split: {before:.4f} before, {after:.4f} after; {outcome.kept}."
-    return f"Training did not lower the loss on held-out windows of the search split, {before:.4f}: nothing was kept."

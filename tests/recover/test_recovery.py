@@ -220,9 +220,9 @@ def test_distillation_writes_the_same_things(folder: Path) -> None:
     assert [layer["layer"] for layer in curve["layers"]] == [0, 1, 2, 3]
     assert all(layer["after"] <= layer["before"] for layer in curve["layers"])
     # The glass model does not know web text: coming closer to it is no help there, and the search split says so.
-    before, after = curve["held_out"]
-    assert same_weights(place, folder / "model") == (after >= before)
-    assert "Every MLP was trained by Adam" in (place / "README.md").read_text()
+    card = (place / "README.md").read_text()
+    assert same_weights(place, folder / "model") == ("nothing was kept" in card)
+    assert "Every MLP was trained by Adam" in card
     assert [row.label for row in result.table.rows] == ["dense", "before", "distil-mlp"]
 
 
