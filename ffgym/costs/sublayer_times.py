@@ -176,7 +176,7 @@ def _probes(model: Any, ids: torch.Tensor) -> list[_Probe]:
         entered = _attention(family, layer) if shape.kind == "attention" else family.producers(layer, "mlp")[0]
         args, kwargs = arguments_of(entered, lambda: model.base_model(input_ids=ids, use_cache=False))
         twin = _copied(layer)
-        call = _attention(family, twin) if shape.kind == "attention" else _mlp(family, twin)
+        call = _attention(family, twin) if shape.kind == "attention" else family.mlp(twin)
         half = PrunableSublayer(family, twin, sublayer)
         probes.append(_Probe(shape, half, functools.partial(call, *args, **kwargs), devices_of(twin)))
     return probes
@@ -191,13 +191,3 @@ def _copied(layer: nn.Module) -> nn.Module:
 
 def _attention(family: Family, layer: nn.Module) -> nn.Module:
     return layer.get_submodule(family.attention_consumer.rpartition(".")[0])
-
-
-def _mlp(family: Family, layer: Any) -> Callable[..., object]:
-    holder = family.mlp_consumer.rpartition(".")[0]
-    if holder:
-        module: nn.Module = layer.get_submodule(holder)
-        return module
-    # OPT's MLP has no module of its own: the layer calls its two linears.
-    producer, consumer = family.producers(layer, "mlp")[0], family.consumer(layer, "mlp")
-    return lambda hidden: consumer(layer.activation_fn(producer(hidden)))

@@ -6,6 +6,7 @@ The families that ship with ffgym are in ``built_in_families.py``.
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -129,6 +130,14 @@ class Family(Plugin):
         except AttributeError:  # ``Skipped`` is in the place of the whole half
             return False
         return not isinstance(consumer, Skipped) and getattr(consumer, "in_features", 1) > 0
+
+    def mlp(self, layer: Any) -> nn.Module:
+        """A layer's MLP, which has something left, as a module of its inputs."""
+        holder = self.mlp_consumer.rpartition(".")[0]
+        if not holder:  # OPT's, whose parts live in the decoder layer itself
+            return nn.Sequential(OrderedDict(fc1=layer.fc1, activation=layer.activation_fn, fc2=layer.fc2))
+        mlp: nn.Module = layer.get_submodule(holder)
+        return mlp
 
     def producers(self, layer: nn.Module, kind: Kind) -> list[nn.Linear]:
         """The linears that write them: query, key, value, or the MLP's; fused ones once."""

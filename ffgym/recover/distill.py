@@ -13,7 +13,6 @@ weights as they are. Each layer keeps the weights that fitted held-out text best
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -103,17 +102,6 @@ def steps_of(setup: TrainingSetup) -> int:
     return -(-setup.tokens // setup.batch_tokens)
 
 
-def mlp_of(layer: Any, family: Family) -> nn.Module | None:
-    """A decoder layer's MLP as a module of its inputs; ``None`` where nothing of it is left."""
-    holder = family.mlp_consumer.rpartition(".")[0]
-    if not family.has_half(layer, "mlp"):
-        return None
-    if not holder:  # OPT's, whose parts live in the decoder layer itself
-        return nn.Sequential(OrderedDict(fc1=layer.fc1, activation=layer.activation_fn, fc2=layer.fc2))
-    mlp: nn.Module = layer.get_submodule(holder)
-    return mlp
-
-
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
 def distil_mlps(
     setup: TrainingSetup, on_step: Callable[[int, int, float], None], on_layer: Callable[[LayerFit], None]
@@ -145,7 +133,7 @@ def distil_mlps(
     streams = [_Streams(*walks, family, ids, setup.tokens_per_pass) for ids in (setup.windows, setup.held_out)]
     fits: list[LayerFit] = []
     for index, layer in enumerate(walks[1].layers):
-        mlp = mlp_of(layer, family)
+        mlp = family.mlp(layer) if family.has_half(layer, "mlp") else None
         saved = None if checkpoint is None else checkpoint.load(_part(index), LayerFit)
         pairs = [stream.dense_step(index, wanted=saved is None and mlp is not None) for stream in streams]
         if mlp is not None:

@@ -22,7 +22,7 @@ from ffgym.models.families import dense_or_pruned_family_of, family_of_type
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.recover.checkpoint import Checkpoint
-from ffgym.recover.distill import DistilMLP, LayerFit, distil_mlps, mlp_of
+from ffgym.recover.distill import DistilMLP, LayerFit, distil_mlps
 from ffgym.testing.models import tiny_model
 
 UNEVEN, EMPTIED = (1, 17, 2, 30, 1, 5), (1, 17, 0, 48, 2, 0)
@@ -131,8 +131,7 @@ def test_it_is_adam_on_the_mlps_output(pair: Any, texts: Any, family: str) -> No
     reference = copy.deepcopy(pruned)
     x, _ = mlp_input_and_output(reference, 0, texts[0])
     _, y = mlp_input_and_output(dense, 0, texts[0])
-    mlp = mlp_of(family_of_type(family).layers(reference)[0], family_of_type(family))
-    assert mlp is not None
+    mlp = family_of_type(family).mlp(family_of_type(family).layers(reference)[0])
     parameters = list(mlp.requires_grad_().parameters())
     optimiser = torch.optim.Adam(parameters)
     for rate in (1e-3, 0.5 * (1 + np.cos(np.pi / 3)) * 1e-3, 0.5 * (1 + np.cos(2 * np.pi / 3)) * 1e-3):
@@ -145,8 +144,7 @@ def test_it_is_adam_on_the_mlps_output(pair: Any, texts: Any, family: str) -> No
     wanted = settings(learning_rate=1e-3, steps=3, batch_tokens=texts[0].numel(), evaluate_every=1)
     fits = distil((pruned, dense), (texts[0], texts[0]), wanted)
     assert fits[0].step == 3
-    found = mlp_of(family_of_type(family).layers(pruned)[0], family_of_type(family))
-    assert found is not None
+    found = family_of_type(family).mlp(family_of_type(family).layers(pruned)[0])
     for ours, plain in zip(found.parameters(), parameters, strict=True):
         torch.testing.assert_close(ours, plain, atol=2e-6, rtol=1e-4)
 
