@@ -70,14 +70,11 @@ def _folder_of(gguf: Path, content: str) -> Path:
 
 
 def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     numbers = refuse_what_would_be_lost(gguf, any_family=any_family)
-    # Newer versions keep the blocks packed where they find a kernel for them, unless told not to.
-    dense = (
-        {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-    )
+    # transformers keeps the blocks packed where it finds a kernel for them, unless told not to.
+    dense = {"quantization_config": GgufConfig(dequantize=True)}
     try:
         # transformers' bar over the tensors knows no switch.
         with quiet(), contextlib.redirect_stderr(io.StringIO()), _in_own_folder(gguf) as place:

@@ -326,14 +326,12 @@ def merge(model: nn.Module) -> None:
 
 @contextmanager
 def _checkpointed_activations(model: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations in backward passes for a while. transformers renames the method in version 5."""
+    """Recompute activations in backward passes for a while."""
     if not wanted:
         yield
         return
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    name = next(name for name in names if hasattr(model, f"{name}_enable"))
-    getattr(model, f"{name}_enable")({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        getattr(model, f"{name}_disable")()
+        model.activation_checkpointing_disable()

@@ -246,12 +246,11 @@ class TestGeneration:
 
 
 class TestUse:
-    @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")  # its new name is too new
     def test_gradient_checkpointing_gives_the_same_gradients(self, saved, variant):
         def gradients(checkpointing):
             model = load(saved, variant).train()
             if checkpointing:
-                model.gradient_checkpointing_enable()
+                model.activation_checkpointing_enable()
             model(IDS, labels=IDS, use_cache=False).loss.backward()
             return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.numel()}
 
