@@ -131,11 +131,9 @@ def _note(curve: LoraCurve) -> str:
 
 def target_modules(model: nn.Module, family: Family) -> list[str]:
     """Dotted names of the linears that get adapters: all of attention and MLP that have something left."""
-    parts = [family.query, family.key, family.value, family.attention_consumer]
-    parts = list(dict.fromkeys([*parts, *family.mlp_producers, family.mlp_consumer]))  # each fused module once
-    modules = dict(model.named_modules())
-    names = [f"{family.decoder}.layers.{layer}.{part}" for layer in range(len(family.layers(model))) for part in parts]
-    return [name for name in names if isinstance(linear := modules.get(name), nn.Linear) and linear.weight.numel()]
+    attention = (family.query, family.key, family.value, family.attention_consumer)
+    parts = (*attention, *family.mlp_producers, family.mlp_consumer)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.endswith(parts)]
 
 
 @torch.enable_grad()  # Ctrl-C in the middle of an earlier block without gradients may have left them off
