@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ffgym.costs.resource import Costs, Measurement, Resource, Setting
+from ffgym.costs.resource import Costs, Resource, Setting
 from ffgym.types import Notify, OnStep
 
 
@@ -28,7 +28,7 @@ class Latency(Resource):
             BudgetError: it is for another model or context, or the model takes fewer than ``context`` tokens.
         """
         from ffgym.costs.latency_cache import cached_table, notify_if_busy
-        from ffgym.costs.latency_table import layer_shapes, read_table, to_json
+        from ffgym.costs.latency_table import read_table
 
         if file is None:
             table = cached_table(model, context=setting.context, on_progress=on_progress, notify=notify)
@@ -36,10 +36,7 @@ class Latency(Resource):
             table = read_table(file.expanduser())
             table.check_fits(model, context=setting.context, source=str(file))
             notify_if_busy(table, notify)
-        shapes = layer_shapes(model)
-        return Costs(
-            table.cost_tables(shapes), table.rest(shapes), Measurement(table.measured, table.digest, to_json(table))
-        )
+        return table.costs(model)
 
     def digest_of(self, file: Path) -> str:
         """Digest of a table's file; raises ``ConfigError`` where it is no table."""

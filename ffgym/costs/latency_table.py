@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from ffgym.costs.latency_fit import PICOSECONDS, cost_table
+from ffgym.costs.resource import Costs, Measurement
 from ffgym.costs.timing import Spread
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import FileFormat, Positive, Strict
@@ -184,19 +185,12 @@ class LatencyTable(Strict):
         times = [(c.high[i] - c.low[i]) / c.seconds[i] for c in self.curves for i in range(len(c.sizes))]
         return float(np.median(times))
 
-    def cost_tables(self, shapes: Sequence[LayerShape]) -> list[np.ndarray]:
-        """What keeping 0 .. units units of each sublayer costs, in whole picoseconds; sublayers of a shape share one.
-
-        Args:
-            shapes: of the 2L sublayers, see `layer_shapes`; each must have a curve, see `check_fits`.
-        """
-        costs = {curve.shape: curve.costs for curve in self.curves}
-        return [costs[shape] for shape in shapes]
-
-    def rest(self, shapes: Sequence[LayerShape]) -> float:
-        """Picoseconds of the dense forward pass outside of prunable sublayers: embedding, norms, output head."""
-        prunable = sum(float(table[-1]) for table in self.cost_tables(shapes))
-        return max(0.0, self.whole_seconds * PICOSECONDS - prunable)
+    def costs(self, model: Any) -> Costs:
+        """What a model that the table fits costs, in picoseconds, whole ones in its tables; see `check_fits`."""
+        of_shape = {curve.shape: curve.costs for curve in self.curves}
+        tables = [of_shape[shape] for shape in layer_shapes(model)]
+        rest = max(0.0, self.whole_seconds * PICOSECONDS - sum(float(table[-1]) for table in tables))
+        return Costs(tables, rest, Measurement(self.measured, self.digest, to_json(self)))
 
     def check_fits(self, model: Any, *, context: int, source: str) -> None:
         """Raise ``BudgetError``, naming what differs, where the table is for another model or ``prune.context``.

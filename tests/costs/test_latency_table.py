@@ -48,16 +48,15 @@ def test_layers_that_attend_differently_have_curves_of_their_own(model):
 
 
 def test_costs_are_the_times_in_whole_picoseconds(model, table):
-    attention, mlp, *_ = table.cost_tables(layer_shapes(model))
+    attention, mlp, *_ = table.costs(model).tables
     assert attention.tolist() == [0, 3e9, 4e9]
     assert mlp[[0, 1, 3, 48]].tolist() == [0, 0.95e9, 0.95e9, 9e9]  # 1.0 ms and then 0.9 ms are pooled
     assert (np.diff(mlp) >= 0).all()
 
 
 def test_the_rest_is_what_no_sublayer_takes(model, table):
-    shapes = layer_shapes(model)
-    assert table.rest(shapes) == 50e9 - 3 * (4e9 + 9e9)
-    assert changed(table, whole_seconds=1e-9).rest(shapes) == 0  # noise may make the parts more than the whole
+    assert table.costs(model).rest == 50e9 - 3 * (4e9 + 9e9)
+    assert changed(table, whole_seconds=1e-9).costs(model).rest == 0  # noise may make the parts more than the whole
 
 
 def test_a_whole_model_takes_what_the_table_says(model, table, tmp_path):
