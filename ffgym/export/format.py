@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,7 @@ from ffgym.files import NOT_WRITABLE
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
-
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all."""
+from ffgym.types import OnStep
 
 OTHERWISE = "The folder itself loads with transformers and vLLM."
 
@@ -63,7 +61,7 @@ class ExportFormat(Plugin, ABC):
     kind = "export"
 
     @abstractmethod
-    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
+    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: OnStep) -> Exported:
         """Write a model, whole or not at all.
 
         Args:
@@ -85,7 +83,7 @@ def export(
     name: str,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> Exported:
     """Write a saved model in the format of this name.
 

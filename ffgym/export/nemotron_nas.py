@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import refuse_occupied
-from ffgym.export.format import OTHERWISE, Exported, ExportFormat, Progress
+from ffgym.export.format import OTHERWISE, Exported, ExportFormat
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
 from ffgym.files import OUTPUT_OPTION, replacing
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import quiet
 from ffgym.report.layout import counted, humane
+from ffgym.types import OnStep
 
 CHANNELS = 256  # engines round an MLP's width up to a multiple
 NORM = "model.norm.weight"
@@ -65,7 +66,7 @@ class NemotronNas(ExportFormat):
 
     name = "nemotron-nas"
 
-    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
+    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: OnStep) -> Exported:
         """Write a folder of safetensors files, one a layer, with config and tokenizer."""
         place = target.expanduser().resolve()
         refuse_occupied(place, overwrite)
@@ -148,7 +149,7 @@ def _layer(index: int, config: Any) -> _Layer:
     return _Layer(tuple(linears), kept, block)
 
 
-def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoint, progress: Progress) -> int:
+def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoint, progress: OnStep) -> int:
     """Write the weights, a file a layer and one for the rest; returns how many numbers they are."""
     count, places, written = len(layers) + 1, dict[str, str](), 0
     progress(0, count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 from ffgym.errors import PluginError
@@ -13,6 +13,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import as_number, call_with_model, is_built_in
+from ffgym.types import OnStep
 
 CHECKED_TOKENS = 16
 
@@ -30,9 +31,7 @@ class Metric(Plugin, ABC):
     text: ClassVar[str] = ""
 
     @abstractmethod
-    def scores(
-        self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: Callable[[int, int], None]
-    ) -> Sequence[float]:
+    def scores(self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: OnStep) -> Sequence[float]:
         """Score every example, at least one.
 
         Args:
@@ -50,9 +49,7 @@ class Loss(Metric):
     higher_is_better = False
     text = "demo:wiki"
 
-    def scores(
-        self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: Callable[[int, int], None]
-    ) -> Sequence[float]:
+    def scores(self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: OnStep) -> Sequence[float]:
         """The mean loss of each window, see `text_losses`."""
         from ffgym.data.corpora import load_text
         from ffgym.measure.texts import text_losses  # torch
@@ -66,9 +63,7 @@ def is_metric(name: str, tasks: Collection[str]) -> bool:
     return name in BUILTINS["metric"] or (name not in tasks and manager.is_name("metric", name))
 
 
-def score(
-    metric: Metric, model: Any, tokenizer: Any, limit: int | None, on_progress: Callable[[int, int], None]
-) -> list[float]:
+def score(metric: Metric, model: Any, tokenizer: Any, limit: int | None, on_progress: OnStep) -> list[float]:
     """Let a metric score a model.
 
     Raises:

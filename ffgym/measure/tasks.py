@@ -21,15 +21,13 @@ from ffgym.errors import ModelError, raising_if_out_of_memory
 from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
 from ffgym.report.paired import standard_error
-from ffgym.types import perplexity_of
+from ffgym.types import OnStep, perplexity_of
 
 if TYPE_CHECKING:
     from ffgym.measure.texts import TextLosses
     from ffgym.models.loading import LoadedModel
 
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is in all."""
-Stages = Callable[[str, int], AbstractContextManager[Progress]]
+Stages = Callable[[str, int], AbstractContextManager[OnStep]]
 """Opens a stage of work, by its label and its total."""
 
 # acc is the share of right answers; acc_norm first divides an answer's log-likelihood by its length.
@@ -93,7 +91,7 @@ def evaluate_task(
     *,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: OnStep = lambda done, total: None,
 ) -> TaskResult:
     """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, by a metric of ours, or on a text.
 
@@ -134,7 +132,7 @@ def evaluate_task(
     )
 
 
-def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: Progress) -> TaskResult:
+def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: OnStep) -> TaskResult:
     """A metric's scores as the result of a task: their mean, with its standard error."""
     from ffgym.models.modes import own_modes  # torch: unknown names are refused before it is loaded
 
@@ -146,7 +144,7 @@ def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: 
     return TaskResult(metric.name, str(metric.edition), metric.text, count, count, (figure,), not_finite=broken)
 
 
-def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress: Progress) -> TaskResult:
+def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress: OnStep) -> TaskResult:
     """The perplexity on a text; its standard error is the loss's times the perplexity."""
     from ffgym.measure.texts import text_losses, uses_of
     from ffgym.models.modes import own_modes
@@ -181,7 +179,7 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> 
     return tuple(metrics)
 
 
-def _harness(model: LoadedModel, batch_size: int, on_progress: Progress) -> Any:
+def _harness(model: LoadedModel, batch_size: int, on_progress: OnStep) -> Any:
     """lm-eval's own wrapper around the loaded model, which counts as it goes."""
     from lm_eval.models.huggingface import HFLM
 

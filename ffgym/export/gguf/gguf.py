@@ -17,7 +17,7 @@ from gguf import MODEL_TENSOR
 from pydantic import BaseModel, Field
 
 from ffgym.errors import ModelError
-from ffgym.export.format import OTHERWISE, Exported, ExportFormat, Progress
+from ffgym.export.format import OTHERWISE, Exported, ExportFormat
 from ffgym.export.gguf.architectures import Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
 from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
@@ -25,6 +25,7 @@ from ffgym.files import FileFormat, check_file, replacing
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import AGAIN
 from ffgym.plugins.bases import PluginConfig
+from ffgym.types import OnStep
 
 FILE_TYPES = gguf.LlamaFileType
 # GGUF's name of a dtype, safetensors' in lower case -> torch's, what the tensors are marked with, and what the file is.
@@ -68,7 +69,7 @@ class Gguf(ExportFormat):
             default=None, description="of the matrices: f32, f16 or bf16; what the weights are in when left out"
         )
 
-    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: Progress) -> Exported:
+    def write(self, folder: Path, target: Path, *, overwrite: bool, progress: OnStep) -> Exported:
         """Write a file whose name ends in ``.gguf``, one tensor in memory at a time; norms and biases as float32.
 
         Raises:
@@ -305,7 +306,7 @@ def _one_or_all(sizes: list[int]) -> int | list[int]:
     return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
-def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: Progress) -> None:
+def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: OnStep) -> None:
     wanted = [DTYPES[dtype if tensor.is_matrix else "f32"] for tensor in tensors]
     sizes = [torch.Size(t.shape).numel() * w[0].itemsize for t, w in zip(tensors, wanted, strict=True)]
     for tensor, (_, kind, _), size in zip(tensors, wanted, sizes, strict=True):
