@@ -99,7 +99,7 @@ class Budget:
             sublayers. ``None`` lets every sublayer have a size of its own.
 
     Raises:
-        BudgetError: invalid cost tables, or layers of different sizes that should share one shape.
+        BudgetError: invalid cost tables, or layers with MLPs and layers with experts that should share one shape.
     """
 
     def __init__(
@@ -288,12 +288,6 @@ class Budget:
     def _ladder(self, members: tuple[int, ...], min_units: int, shapes: Mapping[Kind, Sequence[int]] | None) -> Ladder:
         sublayers = [self.sublayers[i] for i in members]
         first = sublayers[0]
-        if other := next((s for s in sublayers if (s.units, s.channels) != (first.units, first.channels)), None):
-            raise BudgetError(
-                f"{other.name} has {other.units} units with {other.channels} channels, and {first.name} has "
-                f"{first.units} with {first.channels}: they cannot share one shape",
-                hint="Leave prune.uniform out.",
-            )
         units = np.array([first.units])
         # A sublayer that costs nothing stays whole, because cutting it gains nothing. Levels that cost nothing more
         # (flat parts of a measured table) need no rule: they always fit, so they are granted in their turn.

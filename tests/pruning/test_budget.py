@@ -360,18 +360,6 @@ class TestTied:
         budget = Budget(sublayers, costs, shapes={"attention": (1, 2, 4), "mlp": range(1, 17)})
         assert [shape.kept[:2] for shape in budget.shapes(0.5)] == [(2, 16)]
 
-    @pytest.mark.parametrize(
-        ("sizes", "complaint"),
-        [
-            ({"units": 12}, "layer 1 mlp has 12 units with 12 channels, and layer 0 mlp has 16 with 16"),
-            ({"channels_per_unit": 2}, "layer 1 mlp has 16 units with 32 channels, and layer 0 mlp has 16 with 16"),
-        ],
-    )
-    def test_layers_of_different_sizes_are_refused(self, sizes, complaint):
-        sublayers = [*model_of(1), *model_of(2, mlp=replace(MLP, **sizes))[2:]]
-        with pytest.raises(BudgetError, match=complaint):
-            Budget(sublayers, shapes={"attention": (4,), "mlp": (8, 16)})
-
     def test_out_of_reach_names_it(self):
         budget = Budget(model_of(3), shapes={"attention": (4,), "mlp": range(1, 17)})
         with pytest.raises(BudgetError, match="out of reach") as raised:
