@@ -234,9 +234,13 @@ def weights_on_disk(folder: Path) -> tuple[int, str]:
 
 
 def _front_matter(card: Path) -> str:
-    """The YAML at the top of a model card; empty where there is none."""
-    found = re.match(r"---\n(.*?)\n---", CARD.text(card), flags=re.DOTALL) if card.is_file() else None
-    return found[1] if found else ""
+    return split_card(CARD.text(card))[0] if card.is_file() else ""
+
+
+def split_card(text: str) -> tuple[str, str]:
+    """The YAML front matter of a model card with its dashes, empty where there is none, and the rest."""
+    found = re.match(r"\s*(---\n.*?^---)$(.*)", text, flags=re.DOTALL | re.MULTILINE)
+    return (found[1], found[2].strip()) if found else ("", text.strip())
 
 
 def _line(front: str, key: str) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ffgym.models.origin import split_card
 from ffgym.report.card import TAGS, loading
 from ffgym.report.layout import Column, Table, humane
 from ffgym.report.paired import standard_error
@@ -90,7 +91,7 @@ def recovered_card(
     Returns:
         YAML front matter, that of the earlier card where it has one, and Markdown.
     """
-    front, body = _split_card(before or "")
+    front, body = split_card(before or "")
     sections = [
         front or "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
         f"# {title}",
@@ -106,15 +107,6 @@ def recovered_card(
     if body:
         sections += ["## The model before that", "What follows is its card as it was.", _demoted(body)]
     return "\n\n".join(sections) + "\n"
-
-
-def _split_card(text: str) -> tuple[str, str]:
-    """YAML front matter with its dashes, and the rest."""
-    lines = text.strip().split("\n")
-    if lines[0] == "---" and "---" in lines[1:]:
-        end = lines.index("---", 1)
-        return "\n".join(lines[: end + 1]), "\n".join(lines[end + 1 :]).strip()
-    return "", text.strip()
 
 
 def _demoted(text: str) -> str:
