@@ -241,24 +241,22 @@ class AgentConformance(PluginConformance):
             agent.prior_mean = np.zeros(self.environment().optimum.size)
         return agent
 
-    def learned(self, seed: int = 0) -> tuple[Agent, ToyEnv, list[Update]]:
-        """A whole search: the agent, its environment, and the updates that it reported."""
-        agent, env, updates = self.ready(), self.environment(), list[Update]()
+    def learned(self, env: ToyEnv) -> tuple[Agent, ToyEnv, list[Update]]:
+        """A whole search with seed 0: the agent, its environment, and the updates that it reported."""
+        agent, updates = self.ready(), list[Update]()
         env.slope_episodes = agent.slope_episodes
-        agent.learn(env, seed=seed, on_update=updates.append)
+        agent.learn(env, seed=0, on_update=updates.append)
         return agent, env, updates
 
     def finished(self) -> tuple[Agent, ToyEnv, list[Update]]:
-        """The search with seed 0, run once for all tests that only look at it."""
+        """That search, run once for all tests that only look at it."""
         own = type(self)
         if "_finished" not in vars(own):
             np.random.seed(0)
             torch.manual_seed(0)
-            agent, env, updates = self.ready(), self.environment(), list[Update]()
+            env = self.environment()
             own._handed_out = _witnessed(env)
-            env.slope_episodes = agent.slope_episodes
-            agent.learn(env, seed=0, on_update=updates.append)
-            own._finished = agent, env, updates
+            own._finished = self.learned(env)
         return own._finished
 
     def test_reports_every_update(self) -> None:
@@ -282,7 +280,7 @@ class AgentConformance(PluginConformance):
         _, _, first = self.finished()
         np.random.seed(1)
         torch.manual_seed(1)
-        _, _, again = self.learned()
+        _, _, again = self.learned(self.environment())
         rewards, repeated = ([update.rewards for update in updates] for updates in (first, again))
         assert len(rewards) == len(repeated), "the same seed gave another search"
         same = map(np.array_equal, rewards, repeated)
