@@ -25,8 +25,7 @@ from ffgym.plugins.contracts import check_objectives, check_state
 from ffgym.prepare.configured import used_plugins
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
-from ffgym.report.front import Front, front_figure, point_name
-from ffgym.report.front import as_dict as front_as_dict
+from ffgym.report.front import Front, front_as_dict, front_figure, point_name
 from ffgym.report.layout import strict
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.report.progress import Reporter

@@ -1,6 +1,6 @@
 """The result of a run over a range of budgets: perplexity against sparsity at every point, beside the rules.
 
-One :class:`Front`: its table, :func:`as_dict` for JSON, :func:`front_figure`.
+One :class:`Front`: its table, :func:`front_as_dict` for JSON, :func:`front_figure`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def point_name(target: float) -> str:
     return max(f"{target:.2f}", f"{target:.6f}".rstrip("0"), key=len)
 
 
-def as_dict(front: Front) -> JSONDict:
+def front_as_dict(front: Front) -> JSONDict:
     """The front as plain data, see `strict`."""
     data = {
         "measured": front.header,

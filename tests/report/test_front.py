@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from table_costs import table_costs
 
-from ffgym.report.front import TIE, Front, FrontPoint, as_dict, front_figure, point_name
+from ffgym.report.front import TIE, Front, FrontPoint, front_as_dict, front_figure, point_name
 from ffgym.report.table import Row
 from ffgym.types import Allocation
 
@@ -63,13 +63,13 @@ def test_where_everything_broke_down_nothing_is_best_and_the_data_are_json(front
     broken = replace(broken, found=rows[0], references={"uniform": rows[1]}, finals_loss=math.inf)
     front = replace(front, points=(*front.points[:2], broken))
     assert "*" not in front.layout().markdown().splitlines()[5]
-    data = json.loads(json.dumps(as_dict(front), allow_nan=False))["points"][2]
+    data = json.loads(json.dumps(front_as_dict(front), allow_nan=False))["points"][2]
     assert data["perplexity"] == data["loss_stderr"] == {"reinforce": None, "uniform": None}
     assert data["finals_loss"] is None
 
 
 def test_data_is_strict_json(front: Front) -> None:
-    data = json.loads(json.dumps(as_dict(front), allow_nan=False))
+    data = json.loads(json.dumps(front_as_dict(front), allow_nan=False))
     assert [p["target"] for p in data["points"]] == [0.1, 0.3, 0.5]
     assert data["points"][2]["perplexity"] == {"reinforce": 90.0, "uniform": None}
     assert data["points"][0]["kept"] == [1, 2]
