@@ -355,13 +355,13 @@ class RayCrew:
         """Hand a worker a job, see `Crew`."""
         self._jobs[worker] = number = self._jobs.get(worker, 0) + 1
         self._shares[worker] = 0.0
-        self._calls[self._actors[worker].work.remote(number, job)] = worker, "work"
+        self._calls[self._actors[worker].call.remote("work", number, job)] = worker, "work"
         self._watch(worker)
 
     def interrupt(self, worker: int) -> None:
         """Have a worker give up its job, see `Crew`."""
         if worker in self._jobs and self._ray.is_initialized():
-            self._actors[worker].interrupt.remote(self._jobs[worker])
+            self._actors[worker].call.remote("interrupt", self._jobs[worker])
 
     def dismiss(self, worker: int) -> None:
         """Kill a worker, see `Crew`."""
@@ -417,7 +417,7 @@ class RayCrew:
 
     def _watch(self, worker: int) -> None:
         if (worker, "watch") not in self._calls.values():
-            self._calls[self._actors[worker].watch.remote()] = worker, "watch"
+            self._calls[self._actors[worker].call.remote("watch")] = worker, "watch"
 
     def _forget(self, worker: int) -> None:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
@@ -472,14 +472,8 @@ def _actor() -> type:
             self.process = _Process()
             return self.process.load(pickle.loads(make), threads, folder)
 
-        def work(self, number: int, job: Any) -> Reply:
-            return self.process.work(number, job)
-
-        def watch(self) -> Reply:
-            return self.process.watch()
-
-        def interrupt(self, number: int) -> None:
-            self.process.interrupt(number)
+        def call(self, method: str, *arguments: Any) -> Any:
+            return getattr(self.process, method)(*arguments)
 
     return _Worker
 
