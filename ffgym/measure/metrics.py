@@ -12,7 +12,7 @@ from ffgym.errors import PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.contracts import as_number, call_with_model, is_built_in
+from ffgym.plugins.contracts import as_number, call_with_model
 from ffgym.types import OnStep
 
 CHECKED_TOKENS = 16
@@ -88,7 +88,7 @@ def score(metric: Metric, model: Any, tokenizer: Any, limit: int | None, on_prog
     if limit is not None and len(scores) > limit:
         raise PluginError(f"{who} {len(scores)} numbers, more than limit = {limit}", hint="Score the first ones alone.")
     wrong = next((index for index, number in enumerate(scores) if not math.isfinite(number)), None)
-    if wrong is not None and not is_built_in(metric) and _is_finite(model):
+    if wrong is not None and not manager.is_built_in(metric) and _is_finite(model):
         raise PluginError(f"{who} {scores[wrong]} for example {wrong + 1}, and the model's logits are finite")
     return scores
 

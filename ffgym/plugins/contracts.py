@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.discovery import place_of
-from ffgym.plugins.manager import described
+from ffgym.plugins.manager import described, is_built_in
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
 if TYPE_CHECKING:
@@ -432,8 +432,3 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
             f"({place_of(error, type(plugin).__module__)})",
             hint=hint if missing else (OUR_DEFECT if is_built_in(plugin) else THEIR_DEFECT),
         ) from error
-
-
-def is_built_in(plugin: Plugin) -> bool:
-    """Whether it is ffgym's own."""
-    return type(plugin).__module__.partition(".")[0] == "ffgym"

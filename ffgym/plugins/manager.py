@@ -138,11 +138,15 @@ def _said(error: Exception, cls: type[Plugin]) -> str:
 
 def package_of(plugin: Plugin | type[Plugin]) -> Package:
     """The distribution that ships a plugin, for messages and tags; its top-level module where none is registered."""
-    cls = plugin if isinstance(plugin, type) else type(plugin)
-    module = cls.__module__.partition(".")[0]
-    if module == "ffgym":
+    if is_built_in(plugin):
         return OWN
-    return discovery.package_that_offers(cls) or Package(module, "")
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    return discovery.package_that_offers(cls) or Package(cls.__module__.partition(".")[0], "")
+
+
+def is_built_in(plugin: Plugin | type[Plugin]) -> bool:
+    """Whether it is ffgym's own."""
+    return plugin.__module__.partition(".")[0] == OWN.name
 
 
 def described(plugin: Plugin | type[Plugin]) -> str:

@@ -39,7 +39,6 @@ from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.discovery import OWN
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
@@ -91,7 +90,7 @@ def check_family(model: Any, ids: torch.Tensor) -> None:
             not run with a unit less.
     """
     family = family_of(model)
-    if manager.package_of(family) == OWN:
+    if manager.is_built_in(family):
         return
     try:
         check_logits(model, ids[0])

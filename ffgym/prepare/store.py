@@ -43,7 +43,8 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.stream import LayerStream
 from ffgym.models.sublayer import PrunableSublayer
-from ffgym.plugins.bases import Criterion
+from ffgym.plugins.bases import Criterion, Plugin
+from ffgym.plugins.manager import is_built_in
 from ffgym.prepare.calibrations import calibration_class, has_ridge_path
 from ffgym.prepare.paths import OnLayer, Prepared, view_of
 from ffgym.pruning.calibration import NestedRidge
@@ -143,7 +144,7 @@ def store_key(
         _source(type(criterion)) or "",
         criterion.config.model_dump_json(),
         json.dumps(facts, sort_keys=True, default=str),
-        *([] if _is_own(family) else [_source(family) or ""]),
+        *([] if is_built_in(family) else [_source(family) or ""]),
     ):
         digest.update(part.encode())
         digest.update(b"\0")
@@ -158,11 +159,7 @@ def store_key(
     return f"{model.config.model_type}-{digest.hexdigest()[:24]}"
 
 
-def _is_own(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] == "ffgym"
-
-
-def _source(cls: type) -> str | None:
+def _source(cls: type[Plugin]) -> str | None:
     """The code of a class: its module, and of another's package all modules, since it may call any of them.
 
     ``None`` for a class that was typed into a prompt.
@@ -175,7 +172,7 @@ def _source(cls: type) -> str | None:
     outermost, package = "", getattr(module, "__package__", None) or ""
     while file := getattr(sys.modules.get(package), "__file__", None):  # a namespace package has none
         outermost, package = file, package.rpartition(".")[0]
-    if not outermost or _is_own(cls):
+    if not outermost or is_built_in(cls):
         return own
     files = sorted(Path(outermost).parent.rglob("*.py"))
     return "\0".join(file.read_text("utf-8", errors="replace") for file in files)
