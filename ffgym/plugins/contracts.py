@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
-from ffgym.plugins.discovery import place_of
+from ffgym.plugins.discovery import located
 from ffgym.plugins.manager import described, is_built_in
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
 
@@ -428,7 +428,6 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
             raise
         missing = hint is not None and "None" in str(error) and not is_built_in(plugin)
         raise PluginError(
-            f"{described(plugin)} failed while {doing}: {type(error).__name__}: {error} "
-            f"({place_of(error, type(plugin).__module__)})",
+            f"{described(plugin)} failed while {doing}: {located(error, plugin)}",
             hint=hint if missing else (OUR_DEFECT if is_built_in(plugin) else THEIR_DEFECT),
         ) from error

@@ -222,6 +222,11 @@ def place_of(error: BaseException, package: str) -> str:
     return f"{frame.f_code.co_filename}, line {line}"
 
 
+def located(error: BaseException, plugin: Plugin | type[Plugin]) -> str:
+    """What failed within a plugin and where, e.g. ``"ValueError: no such file (/path/my_plugin.py, line 12)"``."""
+    return f"{type(error).__name__}: {error} ({place_of(error, plugin.__module__)})"
+
+
 def _top_level(module: str) -> str:
     return module.partition(".")[0]
 
@@ -377,6 +382,4 @@ def _read(who: str, plugin: Plugin | type[Plugin], attribute: str) -> Any:
     try:
         return getattr(plugin, attribute)
     except Exception as error:
-        module = (plugin if isinstance(plugin, type) else type(plugin)).__module__
-        said = f"{type(error).__name__}: {error} ({place_of(error, module)})"
-        raise PluginError(f"{who}: {attribute} cannot be read: {said}") from error
+        raise PluginError(f"{who}: {attribute} cannot be read: {located(error, plugin)}") from error

@@ -13,7 +13,7 @@ from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import discovery
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, place_of, providers
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, located, providers
 from ffgym.plugins.kinds import KINDS, OtherKind, PluginKind, imported
 from ffgym.types import PluginRecord
 
@@ -110,7 +110,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
     except FFGymError:
         raise
     except Exception as error:
-        raise PluginError(f"{described(cls)} could not be created: {_said(error, cls)}") from error
+        raise PluginError(f"{described(cls)} could not be created: {located(error, cls)}") from error
     if not hasattr(plugin, "config"):
         raise PluginError(
             f"{described(cls)}: its __init__ does not call that of its base class, which keeps the options",
@@ -129,11 +129,7 @@ def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -
     except FFGymError:
         raise
     except Exception as error:
-        raise PluginError(f"{described(cls)} could not check its options: {_said(error, cls)}") from error
-
-
-def _said(error: Exception, cls: type[Plugin]) -> str:
-    return f"{type(error).__name__}: {error} ({place_of(error, cls.__module__)})"
+        raise PluginError(f"{described(cls)} could not check its options: {located(error, cls)}") from error
 
 
 def package_of(plugin: Plugin | type[Plugin]) -> Package:
