@@ -193,11 +193,6 @@ class Evaluation:
     slopes: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
 
     @property
-    def tokens(self) -> int:
-        """Predicted tokens in all windows."""
-        return len(self.losses) * self.tokens_per_window
-
-    @property
     def loss(self) -> float:
         """Mean loss in nats per token."""
         return sum(self.losses) / len(self.losses)

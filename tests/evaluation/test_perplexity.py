@@ -33,7 +33,7 @@ def test_equals_the_plain_cross_entropy(family, random_windows):
     got = evaluate(model, windows)
     assert got.losses == pytest.approx(plain(model, windows), rel=1e-5)
     assert got.tokens_per_window == 19
-    assert got.tokens == 7 * 19
+    assert len(got.losses) == 7
     assert got.loss == pytest.approx(sum(plain(model, windows)) / 7, rel=1e-5)
     assert got.perplexity == pytest.approx(math.exp(got.loss))
 
