@@ -113,7 +113,7 @@ def test_a_budget_that_a_wrong_time_puts_out_of_reach_says_where_to_look(model, 
     curves = table.model_dump(mode="json")["curves"]
     for times in ("seconds", "low", "high"):
         curves[0][times] = [1e30, *curves[0][times][1:]]
-    tables = changed(table, curves=curves).cost_tables(layer_shapes(model))
+    tables = changed(table, curves=curves).costs(model).tables
     with pytest.raises(BudgetError, match="out of reach") as raised:
         Budget(PrunableModel(model).sublayers, tables, resource="latency").check(0.2)
     assert "a wrong time in the latency table" in raised.value.hint
