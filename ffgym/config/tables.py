@@ -412,7 +412,6 @@ class RunConfig(Strict):
         _at_least("data.search_tokens", data.search_tokens, "search.episode_tokens + search.final_tokens", both)
         if schedule.sparsity != "none" and not self.prune.is_range:
             _at_least("prune.sparsity", self.prune.target, "schedule.sparsity_start", schedule.sparsity_start)
-        self._ramps_are_there()
         if self.prune.uniform and self.prune.min_units == 0:
             raise ConfigError(
                 "prune.uniform = true with prune.min_units = 0: a stock checkpoint cannot have empty sublayers",
@@ -448,19 +447,6 @@ class RunConfig(Strict):
     def main_target(self) -> float:
         """The target; under a range ``output.save_at``, or else the point in the middle of the front."""
         return self.targets[len(self.targets) // 2] if self.output.save_at is None else self.output.save_at
-
-    def _ramps_are_there(self) -> None:
-        """Refuse settings of ramps where there is none."""
-        ramps, start = self.schedule, type(self.schedule).model_fields["sparsity_start"].default
-        for key, is_unread in (
-            ("sparsity_start", ramps.sparsity == "none" and ramps.sparsity_start != start),
-            ("ramp_episodes", ramps.sparsity == ramps.fidelity == "none" and ramps.ramp_episodes is not None),
-        ):
-            if is_unread:
-                raise ConfigError(
-                    f"schedule.{key} = {getattr(ramps, key)} is a setting of a ramp, and there is none",
-                    hint=f'Set schedule.sparsity = "cubic" or leave schedule.{key} out.',
-                )
 
     def _range_agrees(self) -> None:
         """Refuse what makes no sense under a range of budgets, or only there."""

@@ -179,17 +179,6 @@ def test_sparsity_ramp_must_start_below_its_target() -> None:
         load_config(prune={"sparsity": 0.04}, schedule={"sparsity": "cubic"})
 
 
-def test_a_setting_of_a_ramp_needs_one() -> None:
-    for ramp in ("sparsity", "fidelity"):
-        assert load_config(schedule={ramp: "cubic", "ramp_episodes": 4}).schedule.ramp_episodes == 4
-    for key, schedule in (
-        ("ramp_episodes", {"ramp_episodes": 4}),
-        ("sparsity_start", {"sparsity_start": 0.1, "fidelity": "cubic"}),
-    ):
-        with pytest.raises(ConfigError, match=f"schedule.{key} = .* is a setting of a ramp, and there is none"):
-            load_config(schedule=schedule)
-
-
 def test_episodes_are_rounded_up_to_whole_windows_and_the_finals_down() -> None:
     config = load_config(None, ["data.window=512", "search.episode_tokens=1100", "search.final_tokens=1100"])
     assert (config.episode_windows, config.final_windows) == (3, 2)

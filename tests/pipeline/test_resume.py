@@ -202,7 +202,7 @@ def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
         (folder / "report.json").unlink()
     if "nobody" in lost:
         (folder / "run.json").write_text("{}")
-    (folder / ".model.part-0123").mkdir()
+    (folder / ".model.part-0123abcd").mkdir()
     again, said = go(config(tmp_path), resume=folder)
     assert ("the search of this run is complete; only the later steps are done again" in said) == ("model" in lost)
     assert len(steps) == 1

@@ -344,7 +344,9 @@ def test_rewards_with_objectives_and_examples_have_longer_episodes_and_finals(tm
     assert asked["search"]["tokens"] == pytest.approx(one["search"]["tokens"], rel=0.2), "examples count as tokens"
 
 
-def test_the_table_says_what_every_stage_needs(tmp_path: Path) -> None:
+def test_the_table_says_what_every_stage_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("some words")
     folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
     result = call(str(folder), "--set", "model.dtype=bfloat16", "--set", 'data.search=["demo:c4", "mine.txt"]')
     assert result.exit_code == 0, result.output
