@@ -151,13 +151,21 @@ def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress:
 
     with own_modes():
         found = text_losses(model.model, model.tokenizer, corpus, limit=limit, on_progress=on_progress)
-    uses = uses_of(corpus, Path(model.name))
     count, broken = len(found.losses), sum(not math.isfinite(loss) for loss in found.losses)
     perplexity = perplexity_of(sum(found.losses) / count)
     error = None if broken else standard_error(found.losses)
     figure = Figure("perplexity", perplexity, None if error is None else error * perplexity, False)
-    result = TaskResult(corpus.name, "", corpus.split, count, count, (figure,), not_finite=broken)
-    return replace(result, text=found, uses=uses)
+    return TaskResult(
+        task=corpus.name,
+        version="",
+        split=corpus.split,
+        examples=count,
+        available=count,
+        metrics=(figure,),
+        not_finite=broken,
+        text=found,
+        uses=uses_of(corpus, Path(model.name)),
+    )
 
 
 def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> tuple[Figure, ...]:

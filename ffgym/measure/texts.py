@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from ffgym.data.corpora import Corpus, load_text
 from ffgym.data.splits import adds_bos, first_windows, windows_digest
 from ffgym.errors import DataError, FFGymError
 from ffgym.evaluation.perplexity import check_logits, evaluate
+from ffgym.measure.metrics import CHECKED_TOKENS
 from ffgym.models.origin import texts_of
-from ffgym.types import Bos
+from ffgym.types import Bos, OnStep
 
 LONGEST_WINDOW = 1024  # tokens
 TOKENS = 16384  # as a run's report split
-CHECKED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def text_losses(
     corpus: Corpus,
     *,
     limit: int | None,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnStep,
 ) -> TextLosses:
     """Measure the first windows of a text; each begins with BOS where the tokenizer adds one, as in a run.
 
