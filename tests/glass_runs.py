@@ -60,7 +60,7 @@ def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
             "finalists": 2,
             "final_tokens": 512,
         },
-        "output": {"dir": str(folder / "out"), "sequential": True},
+        "output": {"dir": str(folder / "out")},
         "tracking": {"enabled": False, "root": str(folder / "mlruns")},
     }
     if "agent" not in changes:  # updates of PER_UPDATE episodes from the start: what interrupts them counts episodes

@@ -33,11 +33,11 @@ def measured(file: Path, text: str, reporter: Reporter) -> BenchTable:
         config = cells[0].config
         config = config.model_copy(update={"data": config.data.model_copy(update={"report": text})})
         task = open_task(config, [], reporter)
-        dense = on_report(task, task.prepared.prunable.dense_units, "none").loss
+        dense = on_report(task, task.prepared.prunable.dense_units).loss
         with reporter.stage(", ".join(sorted({cell.label for cell in cells})), len(cells)) as stage:
             for cell in cells:
                 result = CELL_RESULT.read(cell.path)
-                found = on_report(task, result.final.kept, "ridge")
+                found = on_report(task, result.final.kept)
                 final = result.final.model_copy(update={"loss": found.loss, "losses": list(found.losses)})
                 settings = {**result.settings, "data": {**result.settings["data"], "report": text}}
                 changes = {"settings": settings, "dense_loss": dense, "final": final}

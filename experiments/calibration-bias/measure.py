@@ -2,11 +2,11 @@
 
     python experiments/calibration-bias/measure.py experiments/calibration-bias/demo.toml
 
-Allocations (found with ridge in the reward, found without calibration, rules) are each recovered in five ways, which
+Allocations (found with ridge in the reward, found without calibration, rules) are each recovered in four ways, which
 all start at plain removal and see the same calibration windows:
 
-    none, ridge, sequential      linear in the consumers, or nothing at all
-    distil-mlp, lora             not linear: gradient descent through the activations, over several seeds
+    none, ridge         linear in the consumers, or nothing at all
+    distil-mlp, lora    not linear: gradient descent through the activations, over several seeds
 
 and measured on the report split. If ridge in the reward favours what ridge repairs, the lead of the allocation found
 with it must shrink where the recovery is another one: the third table says by how much, paired over windows.
@@ -49,7 +49,7 @@ from ffgym.recover.recover import check_method, learning_rate
 from ffgym.report.figures import new_figure, save_figure, tidy
 from ffgym.report.progress import Reporter
 
-LINEAR = ("none", "ridge", "sequential")
+LINEAR = ("none", "ridge")
 TRAINED = ("distil-mlp", "lora")
 RECOVERIES = (*LINEAR, *TRAINED)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -191,7 +191,7 @@ class Bed:
 
     def recovered_losses(self, cell: Cell) -> list[float]:
         if cell.recovery in LINEAR:
-            with task.cut_to(self.space, cell.kept, cell.recovery, self.reporter):  # type: ignore[arg-type]
+            with task.cut_to(self.space, cell.kept, calibrated=cell.recovery == "ridge"):
                 return self.losses(self.space.prepared.prunable.model)
         model = self._plainly_pruned(cell)
         self._train(model, self.spec.trained[cell.recovery], cell.seed)
@@ -201,7 +201,7 @@ class Bed:
         folder = self._scratch / hashlib.sha256(str(cell.kept).encode()).hexdigest()[:16]
         prunable = self.space.prepared.prunable
         if not folder.exists():
-            with task.cut_to(self.space, cell.kept, "none", self.reporter):
+            with task.cut_to(self.space, cell.kept, calibrated=False):
                 tokenizer = self.space.loaded.tokenizer
                 save_pruned(prunable, tokenizer, folder)
         dtype = self.space.loaded.dtype_name

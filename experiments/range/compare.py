@@ -153,7 +153,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
     prior = searches[0].config.prior
     heuristics = [] if prior.name == "none" else [(prior.name, prior.options)]
     shared = open_task(searches[0].config, heuristics, reporter)
-    dense = on_report(shared, shared.prepared.prunable.dense_units, "none").loss
+    dense = on_report(shared, shared.prepared.prunable.dense_units).loss
     untracked = Tracker(shared.config.tracking.folder, "ffgym", "range", enabled=False)
     for number, search in enumerate(searches, start=1):
         config = search.config
@@ -167,7 +167,7 @@ def compute(searches: Sequence[Search], reporter: Reporter) -> None:
         points = []
         for each in found:
             kept = each.best.allocation.kept
-            loss = on_report(space, kept, "ridge").loss
+            loss = on_report(space, kept).loss
             points.append(Point(target=each.target, loss=loss, dense_loss=dense, kept=list(kept)))
         result = Result(
             group=search.group,

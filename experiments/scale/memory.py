@@ -60,7 +60,6 @@ SETTINGS = {
     "search.episode_tokens": 512,
     "search.final_tokens": 1024,
     "search.random_baseline": "false",
-    "output.sequential": "true",
     "tracking.enabled": "false",
 }
 STAGES = {
@@ -69,8 +68,6 @@ STAGES = {
     "search: where": "start",
     "search": "search",
     "report": "report",
-    "sequential": "sequential",
-    "choose the refit": "sequential",
 }
 """The plan's stage by the beginning of what a run's progress calls its own."""
 RSS = re.compile(r"RssAnon:\s*(\d+) kB")
@@ -143,7 +140,7 @@ def measure(arguments: list[str], environment: dict[str, str]) -> dict[str, dict
 
 
 def settings_of(case: str) -> list[str]:
-    settings = SETTINGS | {"model.placement": CASES[case][1], "model.dtype": "bfloat16"}
+    settings = SETTINGS | {"model.placement": CASES[case][1], "model.dtype": "float32"}
     return [f"--set={key}={value}" for key, value in settings.items()]
 
 

@@ -106,7 +106,7 @@ def run_in(folder: Path, placement: str, window: int) -> None:
             "final_tokens": window,
             "random_baseline": False,
         },
-        output={"dir": str(folder / "runs" / placement), "sequential": False},
+        output={"dir": str(folder / "runs" / placement)},
         tracking={"enabled": False},
     )
     begun, cpu = time.monotonic(), time.process_time()

@@ -185,7 +185,7 @@ class Bench:
         (outcome,) = self.env.outcomes([Trial(allocation, self.text, self.examples)])
         dense, pruned = outcome.dense, outcome.pruned
         right = {}
-        with task.cut_to(self.space, candidate.kept, "ridge" if self.env.calibrated else "none", self.reporter):
+        with task.cut_to(self.space, candidate.kept, calibrated=self.env.calibrated):
             for name, questions in self.questions.items():
                 answers = answered_right(prunable.model, questions, tokens_per_batch=batch)
                 right[name] = "".join("1" if answer else "0" for answer in answers)

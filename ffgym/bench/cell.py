@@ -184,7 +184,7 @@ class CellRunner:
 
             def measured(kept: tuple[int, ...]) -> Evaluation:
                 if kept not in known:
-                    known[kept] = on_report(task, kept, "ridge")
+                    known[kept] = on_report(task, kept)
                 stage.advance()
                 return known[kept]
 
@@ -193,10 +193,10 @@ class CellRunner:
             chosen = measured(best.kept)
             final = {"kept": best.kept, "loss": chosen.loss, "losses": chosen.losses, "sparsity": best.sparsity}
             if cell.plain:
-                final["plain_loss"] = on_report(task, best.kept, "none").loss
+                final["plain_loss"] = on_report(task, best.kept, calibrated=False).loss
                 stage.advance()
             if self._dense_loss is None:
-                self._dense_loss = on_report(task, task.prepared.prunable.dense_units, "none").loss
+                self._dense_loss = on_report(task, task.prepared.prunable.dense_units).loss
             stage.advance()
         return CellResult.model_validate(
             {

@@ -30,6 +30,7 @@ REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults 
     "search": {"stop_hopeless": False, "stop_margin": 1.0},
     "schedule": {"ramp_share": 0.5},
     "recover": {"seed": "auto"},
+    "output": {"sequential": False},
     "agent.reinforce": {"length": 0.15},
     "agent.pathwise": {"step": 0.1, "smooth": 0.5, "length": 0.15, "average": 0.5},
     "agent.random": {"smooth": 0.95, "length": 0.15},
@@ -337,9 +338,6 @@ class OutputTable(Strict):
         default=None, description="with a range: the target whose model is saved; empty: the point in the middle"
     )
     save_all: bool = Field(default=False, description="with a range: save the model of every point of the front")
-    sequential: bool = Field(
-        default=False, description="also refit the final model layer by layer, on the pruned model's own inputs"
-    )
 
 
 class TrackingTable(Strict):

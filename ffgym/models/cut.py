@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from ffgym.errors import PluginError, first_line, is_out_of_memory
 from ffgym.models.experts import PrunableExperts
@@ -62,12 +61,8 @@ class PrunableModel:
             yield halves
             return
         self._bring(index, self.source)
-        brought = [half.consumer.weight for half in halves]
         try:
             yield halves
-            for half, weight in zip(halves, brought, strict=True):
-                if half.is_refitted and half.consumer.weight is not weight:
-                    self.source.refits.keep(half.sublayer.name, half.consumer.state_dict())
         finally:
             self._release(index)
 
@@ -75,19 +70,16 @@ class PrunableModel:
     @own_modes()
     @torch.no_grad()
     def _bring(self, index: int, source: LayerStream) -> None:
-        halves = self.halves[2 * index : 2 * index + 2]
         self._place(index, source.load(index))
-        for half in halves:
-            half.arrive(source.refits.kept(half.sublayer.name) if half.is_refitted else None)
+        for half in self.halves[2 * index : 2 * index + 2]:
+            half.arrive()
 
     @own_modes()
     @torch.no_grad()
     def _release(self, index: int) -> None:
-        halves = self.halves[2 * index : 2 * index + 2]
-        refits = [_outline(half.consumer) if half.is_refitted else None for half in halves]
         self._place(index, self._sizes[index])
-        for half, refit in zip(halves, refits, strict=True):
-            half.leave(refit)
+        for half in self.halves[2 * index : 2 * index + 2]:
+            half.leave()
 
     def _place(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
         for half in self.halves[2 * index : 2 * index + 2]:
@@ -177,7 +169,3 @@ def _logits(prunable: PrunableModel, ids: torch.Tensor) -> torch.Tensor:
 def _reverse(prunable: PrunableModel) -> None:
     for half in prunable.halves:
         half.permute(torch.arange(half.sublayer.units).flip(0))
-
-
-def _outline(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.to("meta") for name, tensor in module.state_dict().items()}

@@ -8,56 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from ffgym.data.cache import Scratch, storage_error
 from ffgym.errors import ModelError, first_line
-from ffgym.models.checkpoint import TensorFile, check_surplus, weight_tensors
+from ffgym.models.checkpoint import check_surplus, weight_tensors
 from ffgym.models.families import family_of
 from ffgym.models.loading_errors import AGAIN, explained
 
 Weights = Mapping[str, torch.Tensor]
 
 
-class KeptTensors:
-    """Tensors in temporary files of the cache, which are gone when the object is.
-
-    Args:
-        device: where tensors go that come back.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    @cached_property
-    def _scratch(self) -> Scratch:
-        return Scratch("tensors")
-
-    def keep(self, name: str, tensors: Weights) -> None:
-        """Keep tensors in place of those under this name; raises ``AssetError`` where they cannot be written."""
-        file = self._scratch.folder / name
-        try:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-        except (OSError, SafetensorError) as error:
-            raise storage_error(error, file) from error
-
-    def kept(self, name: str) -> Weights:
-        """What was kept last, on the device."""
-        file = TensorFile(self._scratch.folder / name)
-        return {key: file.read(key).to(self._device) for key in file.names}
-
-
 class LayerStream:
     """Reads the weights of a model whose decoder layers are on the meta device, each layer when it is asked for.
-
-    Attributes:
-        refits: consumers that no path has, until their layers are asked for again.
 
     Args:
         name: what the user called the model.
@@ -94,7 +60,6 @@ class LayerStream:
         self._next: tuple[int, Future[_Arriving]] | None = None
         self._last = -1
         self._side: Any = None if device.type != "cuda" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self.refits = KeptTensors(device)
 
     def read(self, name: str) -> torch.Tensor:
         """A parameter by its name in the model, in the model's dtype, on the CPU.

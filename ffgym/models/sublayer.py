@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from ffgym.models.families import Family
@@ -37,7 +35,6 @@ class PrunableSublayer:
         load_path: reads the path from disk, once each time that the layer is brought in; ``None`` where the path is
             in memory.
         affine: whether calibration moves the consumer's bias too.
-        is_refitted: whether `set_consumer` or `set_bias` has given the consumer values that no path has.
     """
 
     is_refittable: ClassVar[bool] = True
@@ -61,7 +58,6 @@ class PrunableSublayer:
         self.load_path: Callable[[], ConsumerPath] | None = None
         self._path: ConsumerPath | None = None
         self.affine = False
-        self.is_refitted = False
         self._asked: Callable[[PrunableSublayer], None] = PrunableSublayer.restore  # how it was cut last
 
     @property
@@ -143,7 +139,6 @@ class PrunableSublayer:
         if refit is None:
             refit = self.refits([units], calibrated=calibrated)[units]
         _set(self.consumer, *refit)
-        self.is_refitted = False
         for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
             first = partial(_first_rows, rows=rows, kept=units, units=self.sublayer.units)
             _set(producer, first(weight), None if bias is None else first(bias))
@@ -184,54 +179,14 @@ class PrunableSublayer:
         weight[:, :channels] = path.weight_at(channels).to(weight)
         _set(self.consumer, *self._in_dtype(weight, path.bias_at(channels)))
 
-    def set_consumer(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Give the consumer a weight, shape (m, channels kept), and a bias, shape (m,), in the model's dtype."""
-        _set(self.consumer, *self._in_dtype(weight, bias))
-        self.is_refitted = True
-
     def _in_dtype(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Refit:
         like = self._consumer_weight
         # Contiguous, as a checkpoint stores it: kernels round differently on strided weights.
         return weight.to(like).contiguous(), None if bias is None else bias.to(like)
 
-    def set_bias(self, bias: torch.Tensor) -> None:
-        """Give the consumer of a sublayer with nothing left the constant that stands for it, shape (m,)."""
-        self.set_consumer(self._consumer_weight[:, :0], bias)
-        self._place_attention(empty=True)
-
-    @contextmanager
-    def resumed(self, inputs: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Within it, each call of the layer gives its consumer the next of these inputs instead of computing it.
-
-        Args:
-            inputs: shape (windows, length, channels kept), the model's dtype.
-        """
-        given, consumer = iter(inputs), self.consumer
-
-        def consume(*_: Any, **__: Any) -> torch.Tensor:
-            return linear(next(given), consumer.weight, consumer.bias)
-
-        if self.sublayer.kind == "attention":
-            module = getattr(self._layer, self._attention_name)
-            setattr(self._layer, self._attention_name, _Resumed(consume))
-            try:
-                yield
-            finally:
-                setattr(self._layer, self._attention_name, module)
-            return
-        stand_ins = {consumer: consume, **dict.fromkeys(self.producers, lambda hidden: hidden[..., :0])}
-        for linear_module, forward in stand_ins.items():
-            vars(linear_module)["forward"] = forward  # what an instance has comes before what its class has
-        try:
-            yield
-        finally:
-            for linear_module in stand_ins:
-                del vars(linear_module)["forward"]
-
     def restore(self) -> None:
         """Hand the dense parameters back."""
         self._asked = PrunableSublayer.restore
-        self.is_refitted = False
         self.hand_back()
 
     def hand_back(self) -> None:
@@ -251,29 +206,18 @@ class PrunableSublayer:
             heads, kv_heads, _ = (units * count for count in self.sublayer.heads_per_unit)
             count_heads(self._attention, heads, kv_heads, self._head_counts)  # type: ignore[no-untyped-call]
 
-    def arrive(self, refit: Mapping[str, torch.Tensor] | None) -> None:
-        """Order the dense weights that have been put into the modules, and cut them as they were cut last.
-
-        Args:
-            refit: the consumer's weight and bias where it `is_refitted`.
-        """
+    def arrive(self) -> None:
+        """Order the dense weights that have been put into the modules, and cut them as they were cut last."""
         self._keep_dense()
         if self.order is not None:
             self._permute_weights(self.order)
-        self._cut_again(refit)
+        self._asked(self)
 
-    def leave(self, refit: Mapping[str, torch.Tensor] | None) -> None:
-        """Keep nothing but sizes, now that the modules' weights are on the meta device; ``refit`` is there too."""
+    def leave(self) -> None:
+        """Keep nothing but sizes, now that the modules' weights are on the meta device."""
         self._keep_dense()
         self._path = None
-        self._cut_again(refit)
-
-    def _cut_again(self, refit: Mapping[str, torch.Tensor] | None) -> None:
         self._asked(self)
-        if refit is not None and self.consumer.in_features == 0:
-            self.set_bias(refit["bias"])
-        elif refit is not None:
-            self.set_consumer(refit["weight"], refit.get("bias"))
 
     def _place_attention(self, *, empty: bool) -> None:
         # Stock attention cannot reshape zero heads.
@@ -299,17 +243,6 @@ def _first_rows(tensor: torch.Tensor, rows: Sequence[int], kept: int, units: int
     blocks = torch.split(tensor, [units * count for count in rows])
     first = [block[: kept * count] for block, count in zip(blocks, rows, strict=True)]
     return first[0] if len(first) == 1 else torch.cat(first)
-
-
-class _Resumed(nn.Module):
-    """Stands for an attention whose output is known."""
-
-    def __init__(self, output: Callable[[], torch.Tensor]) -> None:
-        super().__init__()
-        self._output = output
-
-    def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        return self._output(), None
 
 
 def _set(module: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -28,7 +28,6 @@ from ffgym.report.layout import humane, percent
 from ffgym.report.paired import paired_difference, standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
-from ffgym.search.finals import finals_windows
 from ffgym.search.loop import SearchResult
 from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Sublayer
 
@@ -43,9 +42,6 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
 MEASURED_TEXTS = 24  # enough for a curve, and a small part of a long search
 DEMO_LICENSE = {"license": "apache-2.0"}
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
-SAVED_NOTE = "the refit that is saved, since it has the lower loss on windows of the search split"
-FINAL_NOTE = "; heuristics do not get this refit"
-CHOOSING = "choose the refit that is saved"
 
 
 def reference_rules(config: RunConfig) -> dict[str, tuple[str, JSONDict]]:
@@ -115,7 +111,7 @@ def compared_rows(
     reporter: Reporter,
     dense: Row | None = None,
 ) -> list[Row]:
-    """The rows that come before the final refits: the dense model, every reference, the found allocation cut plainly.
+    """The rows that come before the result: the dense model, every reference, the found allocation cut plainly.
 
     Args:
         heuristics: what the found allocation is compared with, by label; measured after the same refit.
@@ -124,49 +120,31 @@ def compared_rows(
     refitted = refit_name(task.config)
     rows = [measured_row(task, "dense", reporter) if dense is None else dense]
     for label, allocation in {**heuristics, **random}.items():
-        with cut_to(task, allocation.kept, "ridge", reporter):
+        with cut_to(task, allocation.kept):
             row = measured_row(task, f"{label} + {refitted}", reporter, refit=refitted)
             rows.append(replace(row, is_heuristic=label in heuristics))
-    with cut_to(task, found.best.allocation.kept, "none", reporter):
+    with cut_to(task, found.best.allocation.kept, calibrated=False):
         rows.append(measured_row(task, f"{found_name(task.config)}, plain", reporter, is_found=True))
     return rows
 
 
-def final_refits(
+def with_result(
     task: Task, rows: list[Row], found: SearchResult, reporter: Reporter, model: Path
 ) -> tuple[ReportTable, SavedModel | None]:
-    """The found allocation with each final refit; the one with the lower loss on the search split is saved.
+    """The rows and the refitted result, which is saved.
 
     Returns:
         the whole table, and the checkpoint, or ``None`` where none is wanted.
     """
-    config, kept = task.config, found.best.allocation.kept
-    name, refitted = found_name(config), refit_name(config)
-    with cut_to(task, kept, "ridge", reporter):
-        ridge = measured_row(task, f"{name} + {refitted}", reporter, refit=refitted, is_found=True)
+    config, kept, refitted = task.config, found.best.allocation.kept, refit_name(task.config)
+    with cut_to(task, kept):
+        label = f"{found_name(config)} + {refitted}"
+        row = measured_row(task, label, reporter, refit=refitted, is_found=True)
         heuristics = heuristic_allocations(task)
-        note = _ahead(task, [*rows, ridge], heuristics, kept)
-        ridge = replace(ridge, same_as=_same_as(heuristics, kept, refitted), note=note)
-        if not config.output.sequential:
-            note = "; ".join(filter(None, (ridge.note, "the saved model" if config.output.save_model else "")))
-            return _saved(task, found, [*rows, replace(ridge, note=note, is_saved=True)], model)
-        ridge_loss = _loss_in_finals(task, refitted, reporter)
-    refit = f"sequential {refitted}"
-    with cut_to(task, kept, "sequential", reporter):
-        sequential = measured_row(task, f"{name} + {refit}", reporter, refit=refit, is_found=True)
-        if _loss_in_finals(task, refit, reporter) < ridge_loss or math.isnan(ridge_loss):
-            sequential = replace(sequential, note=SAVED_NOTE + FINAL_NOTE, is_saved=True)
-            return _saved(task, found, [*rows, ridge, sequential], model)
-    note = "; ".join(filter(None, (ridge.note, SAVED_NOTE)))
-    rows = [*rows, replace(ridge, note=note, is_saved=True), replace(sequential, note=FINAL_NOTE[2:])]
-    with cut_to(task, kept, "ridge", reporter):
-        return _saved(task, found, rows, model)
-
-
-def _loss_in_finals(task: Task, refit: str, reporter: Reporter) -> float:
-    """Loss on the finals' windows of the model as it is cut now, nats per token."""
-    windows = task.env.windows[list(finals_windows(task.env, task.config.seed))]
-    return _measured(task, windows, f"{CHOOSING}: {refit}", reporter).loss
+        notes = _ahead(task, [*rows, row], heuristics, kept), "the saved model" if config.output.save_model else ""
+        note = "; ".join(filter(None, notes))
+        row = replace(row, same_as=_same_as(heuristics, kept, refitted), note=note, is_saved=True)
+        return _saved(task, found, [*rows, row], model)
 
 
 def _same_as(heuristics: Mapping[str, Allocation], kept: Sequence[int], refitted: str) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ffgym.pipeline.compare import (
     compared_rows,
-    final_refits,
     found_name,
     heuristic_allocations,
     measured_row,
     model_folder,
     refit_name,
+    with_result,
 )
 from ffgym.pipeline.task import Task, at_target, cut_to
 from ffgym.report.front import Front, FrontPoint
@@ -40,11 +40,11 @@ def finish_front(
             reporter.print(f"target {found.target:.1%}")
             if config.output.save_all:
                 own = compared_rows(point, references, {}, found, reporter, rows["dense"])
-                full, _ = final_refits(point, own, found, reporter, model_folder(config, folder, found.target))
+                full, _ = with_result(point, own, found, reporter, model_folder(config, folder, found.target))
                 rows = {row.label: row for row in full.rows}
             else:
                 for label, allocation in {**references, name: found.best.allocation}.items():
-                    with cut_to(point, allocation.kept, "ridge", reporter):
+                    with cut_to(point, allocation.kept):
                         place = f"{label} + {refitted}"
                         rows[place] = measured_row(point, place, reporter, refit=refitted, is_found=label == name)
         measured.append(

@@ -77,7 +77,7 @@ def _loading(run: StoredRun, front: Table[Sequence[str]] | None) -> dict[str, st
         if target == config.main_target:
             saved = [row for row in table.rows if row.is_saved] if table is not None else []
             rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]
-        elif front is not None and target in points and not config.output.sequential:  # of two refits it has one
+        elif front is not None and target in points:
             label, perplexity = front.columns[1].head, points[target][1].split()[0]
             rows = [f"{label} + {refit_name(config)}: perplexity {perplexity}"]
         rows += ["the saved model", "the same model, trained afterwards"][len(rows) :]

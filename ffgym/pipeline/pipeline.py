@@ -22,10 +22,10 @@ from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, 
 from ffgym.pipeline.compare import (
     asked_rules,
     compared_rows,
-    final_refits,
     heuristic_allocations,
     model_folder,
     start_rewards,
+    with_result,
 )
 from ffgym.pipeline.folder import check_output, read_record, reopen_folder
 from ffgym.pipeline.front import finish_front
@@ -157,10 +157,10 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
 
 
 def finish(task: Task, searched: Searched, rows: list[Row], session: Session) -> RunResult:
-    """Refit what was found once more, save the better refit, and under a range measure the whole front."""
+    """Measure and save the refitted result, and under a range measure the whole front."""
     config, main, folder = task.config, searched.main, session.folder
     place = model_folder(config, folder, main.target)
-    table, saved = final_refits(at_target(task, main.target), rows, main, session.progress, place)
+    table, saved = with_result(at_target(task, main.target), rows, main, session.progress, place)
     front = None
     if config.prune.is_range:
         front = finish_front(task, searched.points, table, folder, session.progress)

@@ -10,7 +10,7 @@ from ffgym.data.cache import ADDED_TO
 from ffgym.data.examples import EXAMPLE_TOKENS
 from ffgym.evaluation.evaluator import DIVERGENCES
 from ffgym.evaluation.known import KnownLosses
-from ffgym.pipeline.compare import CHOOSING, MEASURED_TEXTS, asked_rules, reference_rules
+from ffgym.pipeline.compare import MEASURED_TEXTS, asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
@@ -41,7 +41,6 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     recommended = [agent.recommendations, 0][: 1 + compared]  # of the search, and of the random draws
     recovers, main = config.recover.method != "none", (config.main_target,)
     models = config.targets if config.output.save_all else main
-    sequential = len(models) * config.output.sequential
     rows, others = _report_rows(config, compared=compared)
     reward = make_reward(config)
     asked = reward.examples * EXAMPLE_TOKENS if "accuracy" in reward.needs else 0  # tokens of an episode's examples
@@ -70,9 +69,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         finalists=finalists if agent.searches else 0,
         final_tokens=max(1, round(final_tokens / finalists / window)) * window,
         report_tokens=config.data.whole_tokens("report"),
-        report_rows=rows + others + sequential + 3 * recovers,
-        sequential=sequential,
-        choice_tokens=max(1, config.final_windows) * window,
+        report_rows=rows + others + 3 * recovers,
         saves=models * config.output.save_model + main * recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,
@@ -83,7 +80,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
 
 
 def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:
-    """Rows that are measured before a sequential refit: of the main target, and of all other points of a front."""
+    """Rows that are measured: of the main target, and of all other points of a front."""
     references, others = len(reference_rules(config)), len(config.targets) - 1
     return 3 + references + compared, others * (references + 1 + config.output.save_all)
 
@@ -98,11 +95,6 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
     def report(count: int) -> Step:
         return Step("report", count * load.report_tokens * per_token, count)
 
-    refits: list[Step] = []  # of one model
-    if load.sequential:
-        choice = Step(CHOOSING, load.choice_tokens * per_token)
-        sequential = Step("sequential calibration", seconds["sequential"] / load.sequential)
-        refits = [choice, sequential, report(1), choice]
     one_search = (seconds["search"] + seconds.get("finals", 0.0)) / load.searches
     steps = [Step(LOADING, seconds["load"], computes=False), Step(PREPARING, seconds["prepare"])]
     steps.append(Step(f"search: {config.agent.name}", one_search))
@@ -110,11 +102,8 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
         steps.append(Step("search: random", one_search))
     if "start" in seconds:
         steps.append(Step("search: where it started", seconds["start"]))
-    steps += [report(rows), *refits]
-    if config.output.save_all:
-        points = len(config.targets) - 1
-        steps += [report(others // points), *refits] * points
-    elif others:
+    steps.append(report(rows))
+    if others:
         steps.append(report(others))
     if load.train_tokens:
         steps += [Step("load", seconds["load"]), Step("recover", seconds["recover"]), report(3)]

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import Costs, Measurement
@@ -23,25 +22,17 @@ from ffgym.errors import ConfigError
 from ffgym.evaluation.evaluator import Evaluator
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.models.loading import LoadedModel
-from ffgym.models.placement import tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.parts import LOADING, build_env, costs_in, counted_resources, load_parts, make_budget, prepare_model
 from ffgym.prepare.paths import Prepared
-from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.workers import shared_executor
 from ffgym.report.progress import Reporter
 from ffgym.types import Allocation, Evaluation, JSONDict
 
 if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
-
-# Sequential refits are pulled towards the nested ones this much harder than those towards the dense weights: on the
-# demo model, 1 and 10 times overfitted the calibration text (experiments/calibration/strength.py).
-SEQUENTIAL_STRENGTH = 100.0
-
-Refit = Literal["none", "ridge", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -182,29 +173,18 @@ def give_prior(agent: Agent, task: Task) -> None:
 
 
 @contextmanager
-def cut_to(task: Task, kept: Sequence[int], refit: Refit, reporter: Reporter) -> Iterator[None]:
-    """The model cut to ``kept`` units per sublayer, and put back afterwards."""
-    prepared = task.prepared
+def cut_to(task: Task, kept: Sequence[int], *, calibrated: bool = True) -> Iterator[None]:
+    """The model cut to ``kept`` units per sublayer, refitted or not, and put back afterwards."""
+    prunable = task.prepared.prunable
     try:
-        if refit == "sequential":
-            with reporter.stage("sequential calibration", len(prepared.prunable.halves) // 2) as stage:
-                calibrate_sequentially(
-                    prepared.prunable,
-                    kept,
-                    task.splits.calibration.windows,
-                    [SEQUENTIAL_STRENGTH * ridge for ridge in prepared.ridges],
-                    tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
-                    on_progress=stage,
-                )
-        else:
-            prepared.prunable.cut(kept, calibrated=refit == "ridge")
+        prunable.cut(kept, calibrated=calibrated)
         yield
     finally:
-        prepared.prunable.restore()
+        prunable.restore()
 
 
-def on_report(task: Task, kept: Sequence[int], refit: Refit) -> Evaluation:
+def on_report(task: Task, kept: Sequence[int], *, calibrated: bool = True) -> Evaluation:
     """The model cut to ``kept`` units per sublayer, on the report split."""
-    with cut_to(task, kept, refit, Reporter(Console(quiet=True))):
+    with cut_to(task, kept, calibrated=calibrated):
         windows = task.splits.report.windows
         return evaluate_cut(task.prepared.prunable, windows, tokens_per_batch=task.env.tokens_per_batch)

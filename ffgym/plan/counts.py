@@ -29,9 +29,6 @@ KERNELS, LAST_KERNELS = 800_000, 400_000
 # copy becomes its factor.
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-# The same in `ffgym.prepare.sequential`: cross and own moments and the factor in float64, or float32 where wide, with
-# LAPACK's copies of them; where wide, also bytes for each input of a batch that is added to the moments. All measured.
-REFITTING, REFITTING_WIDE, ADDING_WIDE = 58, 14, 24
 SHARED = ("search", "finals", "start")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -76,7 +73,7 @@ class Stage:
 
     Attributes:
         name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"start"`` (where the search started),
-            ``"report"``, ``"sequential"``, ``"save"``, ``"recover"``.
+            ``"report"``, ``"save"``, ``"recover"``.
         tokens: how many go through the model.
         memory: bytes at the peak, by what holds them; empty where that is not known.
         seconds: in addition to what the operations take.
@@ -108,7 +105,6 @@ def stages(shape: ModelShape, load: Workload) -> list[Stage]:
         _finals: load.finalists,
         _start: load.start_texts,
         _report: load.report_rows,
-        _sequential: load.sequential,
         _save: load.saves,
         _recover: load.train_tokens,
     }
@@ -340,39 +336,15 @@ def _start(shape: ModelShape, load: Workload) -> Stage:
 
 
 def _report(shape: ModelShape, load: Workload) -> Stage:
-    tokens = load.report_rows * load.report_tokens + 2 * load.sequential * load.choice_tokens
+    tokens = load.report_rows * load.report_tokens
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
     memory = {
         **_finished(shape, load),
-        "hidden states": hidden_states(shape, load, max(load.report_tokens, load.sequential and load.choice_tokens)),
+        "hidden states": hidden_states(shape, load, load.report_tokens),
         "activations": _activations(shape, load, load.report_tokens),
     }
     return Stage("report", tokens, operations, memory)
-
-
-def _sequential(shape: ModelShape, load: Workload) -> Stage:
-    tokens, kept = load.calibration_tokens, 1 - load.sparsity  # of one model
-    products, solved = 0.0, Operations()
-    for sublayer in shape.sublayers:
-        n = sublayer.channels
-        products += tokens * (2 * n * n * kept + _own_products(n * kept))
-        solving = 2 * shape.hidden * n * n * kept + (n * kept) ** 3 / 3 + 2 * shape.hidden * (n * kept) ** 2
-        solved += _as_factor(n, solving)
-    operations = Operations(2 * forward(shape, load, head=False)) * tokens + solved
-    operations += _products(load, products)
-    inputs = tokens * load.dtype.itemsize * (shape.widest("attention") + shape.widest("mlp"))
-    n = max(shape.widest("attention"), shape.widest("mlp"))
-    moments = REFITTING * load.most_kept * n**2
-    if n > WIDE:
-        added = ADDING_WIDE * n * min(tokens, max(load.batch_tokens, load.window))
-        moments = REFITTING_WIDE * load.most_kept * n**2 + added
-    memory = {
-        **_finished(shape, load),
-        "hidden states": 2 * hidden_states(shape, load, tokens) + inputs,
-        "moments": round(moments),
-    }
-    return Stage("sequential", tokens * load.sequential, operations * load.sequential, memory)
 
 
 def _save(shape: ModelShape, load: Workload) -> Stage:

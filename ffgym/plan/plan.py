@@ -142,8 +142,6 @@ class Plan:
             found["--set model.placement=stream"] = {"streamed": True}
         if load.dtype == torch.float32:
             found["--set model.dtype=bfloat16"] = {"dtype": torch.bfloat16}
-        if load.sequential:
-            found["--set output.sequential=false"] = {"sequential": 0}
         if (tokens := load.calibration_tokens // 4) >= 8 * load.window:
             found[f"--set data.calibration_tokens={tokens}"] = {"calibration_tokens": tokens}
         return found

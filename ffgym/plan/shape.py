@@ -97,8 +97,6 @@ class Workload:
     final_tokens: int = 0  # that each of them is measured on, on average
     report_tokens: int = 0  # of the report split
     report_rows: int = 0  # models that are measured on it
-    sequential: int = 0  # models that are refitted layer by layer at the end
-    choice_tokens: int = 0  # of the search split, on which either refit of such a model is measured to choose one
     saves: tuple[float, ...] = ()  # target of each model that is saved
     saved_in: torch.dtype | None = None  # dtype of saved models, where it is narrower
     train_tokens: int = 0  # to recover on; 0 for none

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 LABELS = {
     "load": "load model and text",
     "start": "reward at the start",
-    "sequential": "sequential calibration",
 }
 
 

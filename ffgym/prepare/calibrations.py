@@ -37,7 +37,7 @@ class Consumer:
 
 
 class Calibration(Plugin, ABC):
-    """How a consumer is refitted. Heuristics and the sequential refit at the end of a run use the ridge refit.
+    """How a consumer is refitted. Heuristics always see the ridge refit.
 
     Attributes:
         affine: the refit moves the consumer's bias too, giving one to consumers that have none.

@@ -8,14 +8,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from ffgym.data.cache import Scratch, storage_error
 from ffgym.errors import CalibrationError
+from ffgym.models.checkpoint import TensorFile
 from ffgym.models.cut import PrunableModel
-from ffgym.models.stream import KeptTensors, LayerStream
+from ffgym.models.stream import LayerStream
 from ffgym.models.sublayer import PrunableSublayer
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion
@@ -134,26 +139,35 @@ def prepare(
 
 
 class _Gradients:
-    """First-order statistics of all sublayers until their turn comes: in memory, or in temporary files."""
+    """First-order statistics of all sublayers until their turn comes: in memory, or in temporary files of the cache."""
 
     def __init__(self, source: LayerStream | None) -> None:
-        self._files = None if source is None else KeptTensors(source.device)
+        self._source = source
         self._stats: dict[int, LayerStats] = {}
 
+    @cached_property
+    def _scratch(self) -> Scratch:
+        return Scratch("tensors")
+
     def add(self, index: int, stats: LayerStats) -> None:
-        """Keep those of a sublayer."""
-        if self._files is not None:
-            tensors = {name: getattr(stats, name) for name in GRADIENT_STATISTICS if getattr(stats, name) is not None}
-            self._files.keep(str(index), tensors)
+        """Keep those of a sublayer; raises ``AssetError`` where they cannot be written."""
+        if self._source is not None:
+            file = self._scratch.folder / str(index)
+            found = {name: getattr(stats, name) for name in GRADIENT_STATISTICS}
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}, file)
+            except (OSError, SafetensorError) as error:
+                raise storage_error(error, file) from error
             stats = LayerStats(stats.tokens)
         self._stats[index] = stats
 
     def pop(self, index: int) -> LayerStats:
         """Those of a sublayer, once; empty ones where there are none."""
         stats = self._stats.pop(index, LayerStats())
-        if self._files is not None and stats.tokens:
-            return LayerStats(stats.tokens, **self._files.kept(str(index)))
-        return stats
+        if self._source is None or not stats.tokens:
+            return stats
+        file = TensorFile(self._scratch.folder / str(index))
+        return LayerStats(stats.tokens, **{name: file.read(name).to(self._source.device) for name in file.names})
 
 
 def _build_path(

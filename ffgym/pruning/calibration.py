@@ -367,33 +367,3 @@ def refit_outputs(
     change: torch.Tensor = torch.cholesky_solve(lost.T, lower[:kept, :kept]).T
     refit: torch.Tensor = weight[:, :kept] + change
     return refit @ inputs[:, :kept].T
-
-
-def sequential_refit(
-    weight: torch.Tensor,
-    cross: torch.Tensor,
-    moment: torch.Tensor,
-    ridge: float,
-    anchor: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Refit a consumer on its inputs in the pruned model, towards the dense model's outputs.
-
-        W' = (W E[x x~^T] + l W_0) (E[x~ x~^T] + l I)^-1,   l = ridge * mean(diag E[x~ x~^T])
-
-    Args:
-        weight: dense W, shape (m, n), path order.
-        cross: E[x x~^T], dense inputs against the pruned model's k inputs, shape (n, k) (centred for affine), in the
-            precision that factors of n channels are computed in.
-        moment: E[x~ x~^T], shape (k, k) (centred for affine), in the same; its diagonal may be overwritten.
-        ridge: lambda, > 0.
-        anchor: W_0, which a strong ridge pulls towards, shape (m, k); the dense columns W_K where left out.
-
-    Returns:
-        W', shape (m, k), float32.
-    """
-    n, k = cross.shape
-    W, strength = as_factor(weight, n), ridge * scale(moment)
-    wide = moment.dtype is torch.float32
-    lower = _cholesky_in_float32(moment, ridge, scale(moment)) if wide else cholesky_(moment, ridge)
-    right = W @ cross + strength * (W[:, :k] if anchor is None else as_factor(anchor, n))
-    return torch.cholesky_solve(right.T, lower).T.float()

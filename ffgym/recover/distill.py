@@ -5,9 +5,8 @@ layers before it are finished by then), and all weights of the pruned MLP as the
 
     minimise  E || MLP_theta(x~) - MLP_dense(x) ||^2
 
-Inputs and targets are those of sequential calibration (`ffgym.prepare.sequential`). That one changes the consumer alone
-and is linear; this one moves gate, up and down (fc1 and fc2) together, through the activation. Adam starts at the
-weights as they are. Each layer keeps the weights that fitted held-out text best, the ones it began with among them.
+Gate, up and down (fc1 and fc2) move together, through the activation. Adam starts at the weights as they are. Each
+layer keeps the weights that fitted held-out text best, the ones it began with among them.
 """
 
 from __future__ import annotations

@@ -202,9 +202,9 @@ def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monke
     measured: list[tuple[int, ...]] = []
     on_report = cell_module.on_report
 
-    def counted(space: Any, kept: tuple[int, ...], refit: Any) -> Any:
+    def counted(space: Any, kept: tuple[int, ...], **options: bool) -> Any:
         measured.append(kept)
-        return on_report(space, kept, refit)
+        return on_report(space, kept, **options)
 
     monkeypatch.setattr(cell_module, "on_report", counted)
     variants = {"other": {"agent": {"name": "uniform"}, "criterion": {"name": "magnitude"}}}

@@ -12,7 +12,6 @@ from ffgym.costs.size import SizeMeter
 from ffgym.criteria.wanda import Wanda
 from ffgym.models.cut import PrunableModel
 from ffgym.prepare.paths import prepare
-from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.testing.models import tiny_model
 
 ALLOCATIONS = [(1, 20, 2, 30, 1, 9), (2, 48, 1, 0, 2, 1), (1, 1, 0, 5, 0, 0)]
@@ -50,21 +49,15 @@ def test_projections_of_narrow_embeddings_are_counted():
     assert narrow(kept)["macs"] - narrow_head == plain(kept)["macs"] - head + 2 * 16 * 32
 
 
-@pytest.mark.parametrize("refit", ["nested", "sequential"])
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_biases_that_calibration_added_are_counted(family, refit, random_windows):
-    """A nested refit gives them to what was cut, a sequential one to all; OPT had them before."""
-    windows = random_windows(8)
-    prepared = prepare(tiny_model(family), Wanda(), windows, calibration="affine", ridge=0.01)
+def test_biases_that_calibration_added_are_counted(family, random_windows):
+    """What was cut has new ones; OPT had them before."""
+    prepared = prepare(tiny_model(family), Wanda(), random_windows(8), calibration="affine", ridge=0.01)
     prunable = prepared.prunable
-    meter = meter_of(prunable)
-    kept = (1, 20, prunable.dense_units[2], 48, 1, 9)
-    if refit == "nested":
-        prunable.cut(kept)
-    else:
-        calibrate_sequentially(prunable, kept, windows, [0.01] * 6)
+    meter, kept = meter_of(prunable), (1, 20, prunable.dense_units[2], 48, 1, 9)
+    prunable.cut(kept)
     added = prunable.new_bias_params()
-    assert added == {("llama", "nested"): 4 * 32, ("llama", "sequential"): 6 * 32}.get((family, refit), 0)
+    assert added == {"llama": 4 * 32}.get(family, 0)
     assert meter(kept, new_biases=added)["params"] == real_parameters(prunable.model)
     prunable.restore()
     assert prunable.new_bias_params() == prunable.new_bias_params(stock=True) == 0

@@ -151,7 +151,7 @@ def test_a_run_that_is_interrupted_or_killed_goes_on_with_another_number_of_work
     """What goes on is stopped after some more episodes, and so is a run of one process that it is compared with."""
     monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
     changes: dict[str, Any] = {"agent": {"name": "random"}, "search": {"episodes": EPISODES}}
-    changes["output"] = {"save_model": False, "sequential": False}
+    changes["output"] = {"save_model": False}
     file = tmp_path / "run.toml"
     file.write_text(tomli_w.dumps(glass_tables(tmp_path, **changes)), encoding="utf-8")
     command = [sys.executable, "-m", "ffgym", "run", "--config", str(file), "--workers", "2"]

@@ -16,12 +16,11 @@ FOLDER = Path(__file__).parents[2] / "experiments" / "scale"
 
 
 def test_every_stage_of_a_run_is_one_of_its_plan(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The choice between two refits, too: it had counted as loading the model."""
     monkeypatch.syspath_prepend(str(FOLDER))
     memory = importlib.import_module("memory")
-    config = RunConfig.model_validate({**tiny_run, "output": {"sequential": True}})
+    config = RunConfig.model_validate(tiny_run)
     plan = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
     stages = [memory.stage_of(step.label) for step in planned_steps(config, plan)]
     assert stages[0] == "load"
-    assert stages[-3:] == ["sequential", "report", "sequential"]
+    assert stages[-1] == "report"
     assert set(stages) <= {stage.name for stage in plan.stages}

@@ -31,7 +31,6 @@ from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
-from ffgym.prepare.sequential import calibrate_sequentially
 from ffgym.prepare.store import opened_or_prepared, store_key, weights_digest
 from ffgym.testing.models import tiny_model
 
@@ -115,13 +114,10 @@ def test_everything_has_the_bits_of_the_model_in_memory(family: str, calibration
         measured = ModelEvaluator(prunable, WINDOWS).measure(requests)
         slopes = measured[0].slopes
         assert slopes is not None
-        calibrate_sequentially(prunable, kept, WINDOWS, [1.0] * len(kept))
-        # Twice: the refits come back from where they were kept.
-        refitted = [evaluate_cut(prunable, WINDOWS).losses for _ in range(2)]
-        sequential = saved(prepared, tmp_path / f"{name}-sequential")
         prunable.cut(kept)
-        numbers = [[m.losses, m.kls] for m in measured], refitted, prepared.ridges
-        found.append((numbers, slopes, sequential, saved(prepared, tmp_path / name, torch.bfloat16)))
+        numbers = [[m.losses, m.kls] for m in measured], evaluate_cut(prunable, WINDOWS).losses, prepared.ridges
+        weights = saved(prepared, tmp_path / name), saved(prepared, tmp_path / f"{name}-16", torch.bfloat16)
+        found.append((numbers, slopes, *weights))
         prunable.restore()
     (numbers, slopes, *weights), (numbers2, slopes2, *weights2) = found
     assert numbers == numbers2
@@ -201,17 +197,14 @@ def test_an_agent_that_follows_slopes_searches_a_streamed_model_too(tiny_run: An
 
 
 def test_nothing_temporary_is_left_of_a_preparation(folder: Path, tmp_path: Path) -> None:
-    prepared = prepared_from_disk(folder, criterion=Taylor())
+    prepared_from_disk(folder, criterion=Taylor())
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["prepared"], "gradients are as large as weights"
-    calibrate_sequentially(prepared.prunable, some_cut(prepared), WINDOWS, [1.0] * 6)
-    assert len(list((tmp_path / "cache").glob(".tensors-*/*"))) == 4, "refits of what is not whole"
 
 
 def test_a_disk_that_fills_up_is_named(folder: Path, small_files: Any) -> None:
-    prepared = prepared_from_disk(folder)
     small_files(1000)
     with pytest.raises(AssetError, match=r"cannot be written: .*File too large"):
-        calibrate_sequentially(prepared.prunable, some_cut(prepared), WINDOWS, [1.0] * 6)
+        prepared_from_disk(folder, criterion=Taylor())
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=ON_GPU)], ids=str)

@@ -95,7 +95,7 @@ def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any)
         assert list(kept) == point["kept"]
         uniform = space.project("uniform", {}, point["target"]).kept
         for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
-            with task.cut_to(space, units, "ridge", Reporter(Console(quiet=True))):
+            with task.cut_to(space, units):
                 assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]
 
 
@@ -105,7 +105,7 @@ def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_t
     config, result = finished
     labels = [row.label for row in result.table.rows]
     assert labels[0] == "dense"
-    assert labels[-3:] == ["reinforce, plain", "reinforce + ridge", "reinforce + sequential ridge"]
+    assert labels[-2:] == ["reinforce, plain", "reinforce + ridge"]
     assert not any(label.startswith("best of") for label in labels), "random allocations have no target to learn"
     for row in result.table.rows[1:]:
         assert 0.3 - 1e-9 <= row.sparsity_prunable < 0.32
@@ -183,11 +183,7 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     finished.print(Console(file=(shown := io.StringIO())))
     assert "One policy for all points" in " ".join(shown.getvalue().split())
     assert not (result.folder / "model").exists()
-    again, _ = go(
-        ranged(
-            tmp_path, prune={"front_points": 2}, output={"save_model": False, "sequential": False, "overwrite": True}
-        )
-    )
+    again, _ = go(ranged(tmp_path, prune={"front_points": 2}, output={"save_model": False, "overwrite": True}))
     assert not list(again.folder.glob("model*")), "--overwrite cleared what the first run wrote, and nothing was saved"
     assert not (again.folder / "allocation-0.30.json").exists()
 
@@ -239,7 +235,7 @@ def test_a_bench_is_of_one_target(tmp_path: Path) -> None:
 
 def test_the_command_runs_a_range(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    file.write_text(tomli_w.dumps(glass_tables(tmp_path, output={"sequential": False})), "utf-8")
+    file.write_text(tomli_w.dumps(glass_tables(tmp_path)), "utf-8")
     arguments = ["--sparsity", "0.1:0.4", "--save-at", "0.2", "--set", "prune.front_points=2", "--json"]
     done = CliRunner().invoke(app, ["run", "--config", str(file), *arguments])
     assert done.exit_code == 0, done.stderr

@@ -9,7 +9,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,13 +34,12 @@ from ffgym.tracking.tracker import Tracker
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
 TRACKED = {"enabled": True}
-SMALL = {"output": {"sequential": False}}
 SAME = ("allocation.json", "policy.json", "report.json", "report.md", "losses.json")
 LOGS = ("episodes.jsonl", "episodes-random.jsonl")
 
 
 def config(folder: Path, **changes: dict[str, Any]) -> RunConfig:
-    output = {**SMALL["output"], **changes.pop("output", {})}
+    output = changes.pop("output", {})
     return glass_config(folder, output={"dir": str(folder / "out"), **output}, **changes)
 
 
@@ -138,15 +136,14 @@ def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, step
     go(settings, resume=tmp_path / "out")  # as a run of an earlier version does, whose record lacks them
 
 
-@pytest.mark.parametrize(("module", "place"), [(compare, "measured_row"), (task, "calibrate_sequentially")])
 def test_ctrl_c_after_the_search_costs_no_episode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int], module: ModuleType, place: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module, place, ctrl_c)
+        patch.setattr(compare, "measured_row", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
-            go(config(tmp_path, output={"sequential": True}))
-    result, _ = go(config(tmp_path, output={"sequential": True}), resume=tmp_path / "out")
+            go(config(tmp_path))
+    result, _ = go(config(tmp_path), resume=tmp_path / "out")
     assert len(steps) - 1 == 2 * EPISODES
     assert result.saved is not None
 
@@ -408,7 +405,7 @@ def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list
 
 def toml(folder: Path, **changes: dict[str, Any]) -> str:
     path = folder / "run.toml"
-    output = {"dir": str(folder / "out"), **SMALL["output"]}
+    output = {"dir": str(folder / "out")}
     path.write_text(tomli_w.dumps(glass_tables(folder, output=output, **changes)), encoding="utf-8")
     return str(path)
 

@@ -121,10 +121,9 @@ def test_the_table_has_its_rows(finished: Finished) -> None:
         f"best of {EPISODES} near the prior + ridge",
         "reinforce, plain",
         "reinforce + ridge",
-        "reinforce + sequential ridge",
     ]
-    assert [row.is_found for row in finished.result.table.rows] == [False] * 4 + [True] * 3
-    assert [row.is_heuristic for row in finished.result.table.rows] == [False] + [True] * 2 + [False] * 4
+    assert [row.is_found for row in finished.result.table.rows] == [False] * 4 + [True] * 2
+    assert [row.is_heuristic for row in finished.result.table.rows] == [False] + [True] * 2 + [False] * 3
     assert all(math.isfinite(row.perplexity) for row in finished.result.table.rows)
     report = json.loads((finished.folder / "report.json").read_text())
     assert [row["perplexity"] for row in report] == [row.perplexity for row in finished.result.table.rows]
@@ -239,7 +238,7 @@ def test_the_plan_is_said_first_and_the_stages_are_those_that_it_announced(finis
     "changes",
     [
         {"prior": {"name": "owl"}},
-        {"output": {"sequential": False}, "search": {"random_baseline": False}},
+        {"search": {"random_baseline": False}},
         {"prune": {"sparsity": "0.1:0.3", "front_points": 3}},
         {"prune": {"sparsity": "0.1:0.3", "front_points": 3}, "output": {"save_all": True}},
     ],
@@ -474,7 +473,7 @@ def test_the_same_seed_is_the_same_run_bit_for_bit(finished: Finished, tmp_path:
         {"prune": {"min_units": 0, "sparsity": 0.5}},
         {"prune": {"uniform": True}},
         {"prune": {"uniform": True, "calibration": "affine", "resource": "macs", "align": 8}},
-        {"output": {"sequential": False}, "search": {"random_baseline": False}},
+        {"search": {"random_baseline": False}},
         {
             "prune": {"ridge": "auto", "resource": "macs", "align": 32},
             "schedule": {"sparsity": "cubic", "fidelity": "cubic"},
@@ -505,7 +504,6 @@ def test_a_uniform_run_ends_in_a_stock_checkpoint(finished_with: Callable[..., F
         "MLPs only + ridge",
         "reinforce, plain",
         "reinforce + ridge",
-        "reinforce + sequential ridge",
     ]
     assert not (one.folder / "episodes-random.jsonl").exists()
     shapes = [c.allocation.kept for c in one.result.found.finalists]
@@ -537,8 +535,8 @@ def test_a_kv_budget_leaves_the_mlps_whole(finished_with: Callable[..., Finished
     assert all(row.values["kv_bytes_per_token"] == 0.75 * dense.values["kv_bytes_per_token"] for row in pruned)
 
 
-def test_without_the_sequential_refit_the_nested_one_is_saved(finished_with: Callable[..., Finished]) -> None:
-    one = finished_with(output={"sequential": False}, search={"random_baseline": False})
+def test_a_run_without_random_draws(finished_with: Callable[..., Finished]) -> None:
+    one = finished_with(search={"random_baseline": False})
     assert list(one.rows)[-3:] == ["MLPs only, ends spared + ridge", "reinforce, plain", "reinforce + ridge"]
     assert len(one.rows) == 5
     assert "- reinforce + ridge: the saved model.\n" in (one.folder / "report.md").read_text()
@@ -549,7 +547,7 @@ def test_without_the_sequential_refit_the_nested_one_is_saved(finished_with: Cal
 def test_other_agents_run(tmp_path: Path, agent: str) -> None:
     """One that is its own baseline, and one whose updates are single episodes with slopes."""
     one = finish(glass_config(tmp_path, agent={"name": agent}, output={"save_model": False}))
-    assert one.rows[f"{agent} + sequential ridge"].is_found
+    assert one.rows[f"{agent} + ridge"].is_found
     assert one.result.saved is None
     assert not (one.folder / "model").exists()
     assert any(label.startswith("best of") for label in one.rows) == (agent != "random")

@@ -86,7 +86,7 @@ def test_a_heuristic_that_earns_more_than_the_result_is_named(tmp_path: Path) ->
     """Perplexity does not show it: the search stays beside its prior, which saves nothing of the KV cache."""
     reward = {"name": "multi-objective", "accuracy": 0.0, "cost": 9.0, "resource": "kv"}
     near = {"name": "random", "spread": 0.001}
-    table = finish(glass_config(tmp_path, reward=reward, agent=near, output={"sequential": False})).result.table
+    table = finish(glass_config(tmp_path, reward=reward, agent=near)).result.table
     dense, uniform, found = table.rows[0], table.rows[1], table.result
     ours, theirs = (
         np.exp(np.subtract(dense.losses, row.losses)).mean() / 10

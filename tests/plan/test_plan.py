@@ -156,12 +156,6 @@ def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_hel
     planned(eight_billion, free=needed * 1.05).check()
 
 
-def test_the_sequential_refit_is_given_up_where_only_its_moments_do_not_fit(eight_billion: ModelShape) -> None:
-    changes: dict[str, Any] = {"streamed": True, "sequential": True}
-    least = planned(eight_billion, **changes | {"sequential": False}).needed
-    assert "output.sequential=false" in planned(eight_billion, free=least, **changes).advice
-
-
 def test_statistics_that_heuristics_ask_for_are_counted(eight_billion: ModelShape) -> None:
     plain, fisher = (planned(eight_billion, kept=frozenset(kept)) for kept in ((), ("output_gradient",)))
     more = 64 * 4096**2 * 4

@@ -33,7 +33,7 @@ def test_a_run_uses_all_three(tiny_run: dict[str, Any], tmp_path: Path) -> None:
         "criterion": {"name": "output-energy", "shared": 0.25},
         "prune": {"resource": "decode-energy", "context": 32},
         "search": {**tiny_run["search"], "episodes": 8, "random_baseline": False},
-        "output": {"dir": str(tmp_path / "out"), "sequential": False},
+        "output": {"dir": str(tmp_path / "out")},
         "tracking": {"enabled": False},
     }
     result = run(RunConfig.model_validate({**tiny_run, **tables}), progress=Console(file=io.StringIO()))

@@ -18,11 +18,10 @@ from ffgym.pruning.calibration import (
     pick_ridge,
     refit_outputs,
     scale,
-    sequential_refit,
     sketch,
     suffix_energy,
 )
-from ffgym.pruning.factors import WIDE, factor_bytes, inverse_
+from ffgym.pruning.factors import factor_bytes, inverse_
 
 TOKENS = 200
 
@@ -306,58 +305,3 @@ class TestPickRidge:
         x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
         got = pick_ridge(torch.ones(2, 6).bfloat16(), x.double().T @ x.double(), x)
         assert got == pick_ridge(torch.ones(2, 6), x.double().T @ x.double(), x.float())
-
-
-class TestSequentialRefit:
-    @given(st.integers(0, 1000), st.integers(1, 8), st.sampled_from([1e-3, 0.1, 10.0]))
-    def test_equals_least_squares_on_stacked_rows(self, seed, k, ridge):
-        """Rows x~ / sqrt(tokens) with targets W x, and k rows sqrt(l) I with targets W_K."""
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(TOKENS, 8, generator=generator, dtype=torch.float64) + 0.3
-        seen = x[:, :k] + 0.3 * torch.randn(TOKENS, k, generator=generator, dtype=torch.float64)
-        W = torch.randn(3, 8, generator=generator).double()
-        moment = seen.T @ seen / TOKENS
-        root = (ridge * moment.diagonal().mean()).sqrt()
-        rows = torch.cat([seen / TOKENS**0.5, root * torch.eye(k, dtype=torch.float64)])
-        targets = torch.cat([x @ W.T / TOKENS**0.5, root * W[:, :k].T])
-        wanted = torch.linalg.lstsq(rows, targets).solution.T
-        got = sequential_refit(W.float(), x.T @ seen / TOKENS, moment, ridge)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
-
-    @pytest.mark.parametrize("anchored", [True, False])
-    def test_a_strong_ridge_pulls_towards_the_anchor(self, anchored):
-        problem = Problem(8, 3, 1e7, seed=0, affine=False)
-        anchor = torch.randn(3, 5) if anchored else None
-        moment = problem.moment[:5, :5].clone()
-        got = sequential_refit(problem.W.float(), problem.moment[:, :5], moment, 1e7, anchor)
-        problem.close(got, anchor if anchored else problem.W[:, :5])
-
-    def test_the_anchor_is_what_is_kept_where_the_text_says_nothing(self):
-        """Inputs that never vary in some direction leave the anchor as it is there."""
-        x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
-        anchor = torch.tensor([[5.0, 7.0]])
-        got = sequential_refit(torch.tensor([[3.0, 4.0]]), x.T @ x / 3, x.T @ x / 3, 1e-9, anchor)
-        torch.testing.assert_close(got, torch.tensor([[3.0, 7.0]]))
-
-    @pytest.mark.parametrize("ridge", [1e-3, 0.1])
-    def test_a_wide_consumer_is_refitted_in_float32_as_in_float64(self, ridge):
-        n, k, generator = WIDE + 100, 1500, torch.Generator().manual_seed(0)
-        x = torch.randn(400, 20, generator=generator) @ torch.randn(20, n, generator=generator)
-        x += 0.3 * torch.randn(400, n, generator=generator)
-        seen, W = x[:, :k] + 0.3 * torch.randn(400, k, generator=generator), torch.randn(3, n, generator=generator)
-        cross, moment = x.T @ seen / 400, seen.T @ seen / 400
-        wide = moment.double() + ridge * moment.diagonal().mean() * torch.eye(k)
-        right = W.double() @ cross.double() + ridge * moment.diagonal().mean() * W[:, :k]
-        outputs = (right @ torch.linalg.inv(wide)) @ seen.T.double()
-        got = sequential_refit(W, cross, moment.clone(), ridge)
-        assert (got.double() @ seen.T.double() - outputs).norm() < 1e-3 * outputs.norm()
-
-    @given(problems, st.data())
-    def test_equals_nested_ridge_where_the_inputs_are_the_dense_ones(self, problem, data):
-        """x~ = x_K; its lambda is relative to the kept channels' scale, so it is stated anew."""
-        k = data.draw(st.integers(1, problem.n))
-        moment = problem.moment[:k, :k].clone()
-        ridge = float(problem.l / moment.diagonal().mean())
-        got = sequential_refit(problem.W.float(), problem.moment[:, :k], moment, ridge)
-        problem.close(got, problem.path().weight_at(k))
