@@ -62,7 +62,7 @@ def bench(
     """
     reporter = Reporter(progress)
     benches = [read_bench(Path(file)) for file in files]
-    check_benches(benches)
+    stored = check_benches(benches)
     tables = []
     with ExitStack() as stack:
         runs: dict[Path, Tracker] = {}
@@ -81,8 +81,8 @@ def bench(
                     compute(missing, parents, reporter, cluster)
                     share(benches)
         for each in benches:
-            check_dense_losses(each)  # again: the model may have changed since earlier results
-            results = [CELL_RESULT.read(path) for path in each.results]
+            results = {path: stored.get(path) or CELL_RESULT.read(path) for path in each.results}
+            check_dense_losses(each, results)  # again: the model may have changed since earlier results
             if not only_report and len(results) < len(each.cells):
                 reporter.print(
                     f"{each.spec.title}: another bench is computing the missing cells; when it has ended, "
@@ -91,7 +91,7 @@ def bench(
             if not results:
                 reporter.print(f"{each.spec.title}: no results yet")
                 continue
-            tables.append(table := _write_table(each, results, runs.get(each.file)))
+            tables.append(table := _write_table(each, list(results.values()), runs.get(each.file)))
             reporter.print(f"{each.spec.title}: wrote {' and '.join(table.files)}")
             if each.file in runs:
                 _parent_note(each).unlink(missing_ok=True)
@@ -145,9 +145,7 @@ def share(benches: Sequence[Bench]) -> None:
     """Copy results to the cells of other benches, or of other labels, that would compute the same."""
     cells = [cell for each in benches for cell in each.cells]
     finished = [cell for cell in cells if cell.path.exists()]
-    for cell in cells:
-        if cell.path.exists():
-            continue
+    for cell in (cell for cell in cells if not cell.path.exists()):
         twins = (CELL_RESULT.read(twin.path) for twin in finished if twin.digest == cell.digest)
         if result := next((twin for twin in twins if not unanswered(twin, cell)), None):
             write_result(cell.path, result.model_copy(update={"label": cell.label}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from ffgym.types import JSONDict
 DRIFT = 0.01  # nats, 1 % of perplexity: between processors and dtypes, committed benches differ by 0.0008 at most
 
 
-def check_benches(benches: Sequence[Bench]) -> None:
-    """Refuse what cannot be compared, before anything is computed."""
+def check_benches(benches: Sequence[Bench]) -> dict[Path, CellResult]:
+    """Refuse what cannot be compared, before anything is computed; returns the results that are there, by file."""
     cells = [cell for each in benches for cell in each.cells]
     models = {_model(cell.config) for cell in cells}
     if len(models) > 1:
@@ -35,6 +35,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
         )
     for each in benches:
         _check_equal_terms(each)
+    results = {path: CELL_RESULT.read(path) for each in benches for path in each.results}
     digests: dict[Path, str] = {}
     for cell in cells:
         if cell.config.prune.is_range:
@@ -59,8 +60,7 @@ def check_benches(benches: Sequence[Bench]) -> None:
                 f"two benches would write {cell.path} for different configurations",
                 hint="Give each a `results` folder of its own.",
             )
-        if cell.path.exists():
-            stored = CELL_RESULT.read(cell.path)
+        if stored := results.get(cell.path):
             changed = configured.changed_since(stored.settings, cell.config) + unanswered(stored, cell)
             changed += configured.outgrown(stored.editions, cell.config)
             policy = policy_digest(cell.config)
@@ -74,12 +74,13 @@ def check_benches(benches: Sequence[Bench]) -> None:
                     hint="Point `results` at another folder, or delete that file to compute it again.",
                 )
     for each in benches:
-        check_dense_losses(each)
+        check_dense_losses(each, results)
+    return results
 
 
-def check_dense_losses(bench: Bench) -> None:
+def check_dense_losses(bench: Bench, results: Mapping[Path, CellResult]) -> None:
     """Refuse results of one table that are of two models or texts, which their settings name and do not hold."""
-    losses = {cell.path: CELL_RESULT.read(cell.path).dense_loss for cell in bench.cells if cell.path.exists()}
+    losses = {cell.path: results[cell.path].dense_loss for cell in bench.cells if cell.path in results}
     if not losses:
         return
     usual = statistics.median_low(losses.values())
