@@ -24,6 +24,7 @@ from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
 from ffgym.files import COPY, FileFormat, check_writable, disk_errors, exclusive_lock, is_of_disk, write_text
 from ffgym.prepare import configured
+from ffgym.tracking.masking import masked
 from ffgym.types import JSONDict
 
 # What a run writes: --overwrite clears these and nothing else.
@@ -203,6 +204,7 @@ class RunRecord:
             the run.
         inputs: digests of the model's weights and of the texts to calibrate and to search with; empty where nothing
             has been loaded, or an earlier version began the run.
+        ended: how the last session ended early, in sentences; empty where it did not, or was killed.
     """
 
     mlflow_run: str | None = None
@@ -211,6 +213,7 @@ class RunRecord:
     editions: dict[str, int] | None = None
     dense: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    ended: str = ""
 
 
 RECORD = FileFormat(
@@ -362,6 +365,15 @@ def _logged(folder: Path) -> int:
     return sum(log.stat().st_size for log in folder.glob("episodes*.jsonl"))
 
 
+def _note_end(folder: Path, stop: BaseException) -> None:
+    """Note how a session ends early; a full disk must not hide it, and a folder that was deleted stays so."""
+    failed = masked(f"It failed: {type(stop).__name__}: {stop}")
+    ended = "It was interrupted." if isinstance(stop, KeyboardInterrupt) else failed
+    with suppress(OutputError):
+        if (folder / "run.json").exists():
+            write_record(folder, replace(read_record(folder), ended=ended))
+
+
 @contextmanager
 def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterator[None]:
     """After Ctrl-C, or an error that came after new episodes, print what the run has found, and how it goes on."""
@@ -372,6 +384,7 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
     except (KeyboardInterrupt, Exception) as stop:
         if isinstance(stop, OutputError) and is_of_disk(stop.__cause__) and _logged(folder):
             stop.hint = f"Make room on the disk, or make it writable again, then continue: {resume_command(folder)}"
+        _note_end(folder, stop)
         if isinstance(stop, Exception) and _logged(folder) <= before:  # a resumed run was refused, say
             raise
         path, log = folder / "allocation.json", folder / "episodes.jsonl"

@@ -32,11 +32,12 @@ def run_page(run: StoredRun) -> Page:
     front = read_markdown(front_file.read_text(encoding="utf-8")) if front_file.is_file() else None
     main = percent(config.main_target) if config.prune.is_range else ""
     tables: dict[str, Table[Any]] = {} if front is None else {"The whole range": front}
-    unfinished = table is None or not read_record(folder).results
-    warnings = []
+    record, warnings = read_record(folder), list[str]()
+    unfinished = table is None or not record.results
     if unfinished:
         so_far = f"it has {len(episodes):,} episodes so far"
-        warnings = [f"This run is not finished: {so_far}. The command at the end of this page goes on with it."]
+        warnings = [f"This run is not finished: {so_far}. Continue it: {resume_command(folder)}"]
+        warnings += record.ended.splitlines()
     if table is not None:
         tables[f"The table at {main}" if main else "The table"] = table.layout()
         warnings += [table.warning] if table.warning else []

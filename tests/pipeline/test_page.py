@@ -15,7 +15,9 @@ from stored_runs import write_run
 from typer.testing import CliRunner
 
 from ffgym.cli import app
+from ffgym.errors import PluginError
 from ffgym.pipeline.artifacts import PICTURES, write_table
+from ffgym.pipeline.folder import RunRecord, saying_what_is_kept, write_record
 from ffgym.pipeline.stored import read_table
 from ffgym.report.figures import new_figure, save_figure
 from ffgym.search.log import Recorder
@@ -154,6 +156,29 @@ def test_an_unfinished_run_gets_a_page_that_says_so_and_how_to_go_on(run: Path) 
     assert f"ffgym run --resume {run}" in page
     assert "<table>" not in page
     assert "from_pretrained" not in page
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        (
+            PluginError("sick at postgresql://me:secret@host/db", hint="Mend it."),
+            ["It failed: PluginError: sick at ", "Mend it."],
+        ),
+        (ValueError("wrong"), ["It failed: ValueError: wrong"]),
+        (KeyboardInterrupt(), ["It was interrupted."]),
+    ],
+)
+def test_a_run_that_ended_early_gets_a_page_that_says_why(run: Path, stop: BaseException, said: list[str]) -> None:
+    write_record(run, RunRecord())
+    with pytest.raises(type(stop)), saying_what_is_kept(run, print):
+        raise stop
+    page = page_of(run)
+    parts = [f"Continue it: ffgym run --resume {run}<", *said, "<h2>What was run</h2>"]
+    places = [page.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert "secret" not in page
 
 
 def test_a_destroyed_model_is_called_so(tmp_path: Path) -> None:

@@ -296,10 +296,12 @@ def test_a_failure_that_was_overcome_is_forgotten(tmp_path: Path, monkeypatch: p
     tags = runs(root)[0].data.tags
     assert tags["ffgym.failure"] == "DataError: the disk ate it"
     assert tags["ffgym.resume"] == f"ffgym run --resume {tmp_path / 'out'}"
+    assert read_record(tmp_path / "out").ended == "It failed: DataError: the disk ate it"
     go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
     assert run.info.status == "FINISHED"
     assert "ffgym.failure" not in run.data.tags
+    assert read_record(tmp_path / "out").ended == ""
 
 
 @pytest.mark.parametrize("lost", ["another store", "the note"])
