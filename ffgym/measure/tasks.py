@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: 
 
 def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress: OnStep) -> TaskResult:
     """The perplexity on a text; its standard error is the loss's times the perplexity."""
-    from ffgym.measure.texts import text_losses, uses_of
+    from ffgym.measure.texts import text_losses
     from ffgym.models.modes import own_modes
 
     with own_modes():
@@ -164,7 +165,6 @@ def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress:
         metrics=(figure,),
         not_finite=broken,
         text=found,
-        uses=uses_of(corpus, Path(model.name)),
     )
 
 
@@ -269,9 +269,10 @@ def evaluate_models(
     Raises:
         ModelError: a model that cannot be loaded or measured.
     """
+    from ffgym.measure.texts import digest_to_compare, uses_of
     from ffgym.models.loading import load
 
-    done: list[ModelScores] = []
+    done, digest_of = list[ModelScores](), cache(digest_to_compare)  # each text is read once for all models
     for name in names:
         model = load(_loaded_name(name), dtype=dtype, device=device, any_family=True)
         scores = ModelScores(name, model.description, model.dtype_name, str(model.device))
@@ -279,6 +280,8 @@ def evaluate_models(
         for task in tasks.tasks:
             with stage(f"{name}, {task.name}", 1) as progress:
                 result = evaluate_task(model, task, limit=limit, batch_size=batch_size, on_progress=progress)
+                if isinstance(task.task, Corpus):
+                    result = replace(result, uses=uses_of(task.task, Path(model.name), digest_of))
             scores = replace(scores, results=(*scores.results, result))
             done[-1] = scores
             yield list(done)

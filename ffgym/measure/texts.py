@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,20 +75,24 @@ def text_losses(
     return TextLosses(tuple(losses), length, windows_digest(windows))
 
 
-def uses_of(corpus: Corpus, folder: Path) -> tuple[str, ...]:
+def digest_to_compare(name: str) -> str | None:
+    """Digest of a text as a run that calibrates on it reads it; ``None`` where it cannot be read."""
+    try:
+        return load_text(name, role="calibration").digest
+    except FFGymError:
+        return None
+
+
+def uses_of(corpus: Corpus, folder: Path, digest_of: Callable[[str], str | None]) -> tuple[str, ...]:
     """What was done with a text, by any name, when a saved model was made: ``"calibrated"``, ``"searched"``, ...
 
     Only what is here is compared with the text: nothing is fetched for this.
+
+    Args:
+        digest_of: `digest_to_compare`, which may remember what it has read.
     """
-
-    def is_same(name: str) -> bool:
-        if name != corpus.name and not Path(name).expanduser().exists():
-            return False
-        try:
-            return load_text(name, role="calibration").digest == corpus.digest
-        except FFGymError:
-            return False
-
     texts = {how: shares(corpora) for how, corpora in texts_of(folder).items()}
-    same = {name: is_same(name) for name in {name for names in texts.values() for name in names}}
-    return tuple(how for how, names in texts.items() if any(same[name] for name in names))
+    named = {name for names in texts.values() for name in names}
+    here = {name for name in named if name == corpus.name or Path(name).expanduser().exists()}
+    same = {name for name in here if digest_of(name) == corpus.digest}
+    return tuple(how for how, names in texts.items() if same & names.keys())

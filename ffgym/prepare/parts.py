@@ -33,7 +33,7 @@ from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import family_of
-from ffgym.models.loading import LoadedModel, config_of, load
+from ffgym.models.loading import LoadedModel, config_of, context_limit, load
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
@@ -248,14 +248,12 @@ def check_measurements(config: RunConfig) -> None:
         ConfigError: a named file is missing or damaged; also as `counted_resources`.
         BudgetError: it is for another model or context, or latency is to be timed on more tokens than the model takes.
     """
+    model, revision = config.model.name, config.model.revision
     for name, resource in counted_resources(config).items():
-        if not resource.is_measured():
-            continue
-        model = skeleton_of(config_of(config.model.name, revision=config.model.revision), config.model.name)
         if named_table(config, name) is not None:
-            costs_in(resource, config, model)
+            costs_in(resource, config, skeleton_of(config_of(model, revision=revision), model))
         elif name == "latency":
-            check_context(config.prune.context, int(model.config.max_position_embeddings))
+            check_context(config.prune.context, context_limit(model, revision=revision))
 
 
 def costs_in(
