@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 from collections import Counter
@@ -188,8 +189,9 @@ def _found_again(model: DenseModel, record: Path) -> DenseModel:
     """A model that was a folder or a file, by its place when the run began, unless its name leads to it from here."""
     began, here = record.with_name("run.json"), Path(model.name).expanduser()
     place = BEGAN.read(began).dense if began.is_file() else None
+    there = Path(place or "").expanduser()
     # Both may have been moved, the run and its model.
-    if place is None or (here.exists() and (not Path(place).exists() or here.samefile(place))):
+    if place is None or (here.exists() and (not there.exists() or here.samefile(there))):
         return model
     return replace(model, name=place, called=model.name)
 
@@ -198,6 +200,12 @@ def absolute_name(name: str) -> str | None:
     """The absolute path of a model that is a folder or a file; ``None`` for the demo and for models of the hub."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name != "demo" and (path.exists() or path.is_absolute()) else None
+
+
+def recorded_name(name: str) -> str | None:
+    """As `absolute_name`, with ``~`` for the home folder: whoever gets a saved model gets its record, too."""
+    place = absolute_name(name)
+    return place and re.sub(f"^{re.escape(os.path.expanduser('~'))}(?=/)", "~", place)
 
 
 def stated_license(folder: Path) -> dict[str, str]:

@@ -200,8 +200,8 @@ class RunRecord:
         dtype: what ``model.dtype = "auto"`` chose; ``None`` where the model has not been loaded.
         results: names of the table and the models that the finished run left; empty before that.
         editions: of its plugins, those beyond the first; ``None`` where an earlier version began the run.
-        dense: absolute path of the dense model; ``None`` where that is no folder or file, or an earlier version began
-            the run.
+        dense: path of the dense model, absolute or in the home folder ``~``; ``None`` where that is no folder or file,
+            or an earlier version began the run.
         inputs: digests of the model's weights and of the texts to calibrate and to search with; empty where nothing
             has been loaded, or an earlier version began the run.
         ended: how the last session ended early, in sentences; empty where it did not, or was killed.

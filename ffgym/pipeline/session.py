@@ -11,7 +11,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import OutputError
 from ffgym.files import disk_errors, write_text
-from ffgym.models.origin import absolute_name
+from ffgym.models.origin import recorded_name
 from ffgym.pipeline.artifacts import REPEAT
 from ffgym.pipeline.folder import (
     RunRecord,
@@ -104,7 +104,7 @@ class Session:
                 tracker.run_id or earlier.mlflow_run,
                 earlier.dtype,
                 editions=editions(config),
-                dense=absolute_name(config.model.name) or earlier.dense,
+                dense=recorded_name(config.model.name) or earlier.dense,
                 inputs=earlier.inputs,
             )
             removing = removing_if_nothing_found(folder, made=made)

@@ -28,7 +28,7 @@ from ffgym.interrupts import held_back_interrupts
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.modes import own_modes
-from ffgym.models.origin import CARD, DenseModel, absolute_name, model_folder, recorded_dense_model, weights_on_disk
+from ffgym.models.origin import CARD, DenseModel, model_folder, recorded_dense_model, recorded_name, weights_on_disk
 from ffgym.models.placement import choose_device, choose_dtype, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
@@ -401,7 +401,7 @@ class _Recovery:
             self.reporter.print(f"{CURVE} is without the curve: {error.message}")
             text = content({})
         written = {CURVE: text, "config.toml": _record(self.config, self.dense)}
-        if self.dense is not None and (place := absolute_name(self.dense)):
+        if self.dense is not None and (place := recorded_name(self.dense)):
             written["run.json"] = json.dumps({"dense": place}) + "\n"
         return [self.checkpoint.write(name, text) for name, text in written.items()]
 

@@ -18,6 +18,7 @@ from ffgym.models.origin import (
     dense_model,
     hub_base,
     model_folder,
+    recorded_name,
     stated_license,
     weights_on_disk,
 )
@@ -138,6 +139,21 @@ class TestDense:
         monkeypatch.chdir(run.parent / "began")
         assert dense_model(run / "model", None).name == "models/mine"
         assert dense_model(run / "model", None).called is None
+
+    def test_what_lies_in_the_home_folder_is_recorded_without_its_name(self, run, monkeypatch):
+        monkeypatch.setenv("HOME", str(run.parent))
+        (run.parent / "mine").mkdir()
+        place = recorded_name(str(run.parent / "mine"))
+        assert place == "~/mine"
+        (run / "config.toml").write_text("[model]\nname = 'models/mine'\n")
+        (run / "run.json").write_text(json.dumps({"dense": place}))
+        found = dense_model(run / "model", None)
+        assert (found.name, found.called) == (place, "models/mine")
+        assert absolute_name(found.name) == str(run.parent / "mine")
+        monkeypatch.chdir(run.parent)
+        (run.parent / "models").mkdir()
+        (run.parent / "models" / "mine").symlink_to(run.parent / "mine")
+        assert dense_model(run / "model", None).name == "models/mine"
 
     def test_no_record_at_all(self, run):
         with pytest.raises(ConfigError, match=r"no config\.toml in it or beside it, and no base_model"):
