@@ -23,7 +23,7 @@ EngineArgsOption = Annotated[
     str, typer.Option(help="more arguments of the engine, e.g. --enforce-eager", show_default=False)
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads to use", show_default="torch's default", min=1)]
-Engine = Literal["vllm", "llama-cpp", "transformers"]
+Engine = Literal["vllm", "llama-cpp"]
 
 
 @app.command()

@@ -10,8 +10,6 @@ import contextlib
 import ctypes
 import functools
 import http.client
-import importlib.util
-import json
 import os
 import re
 import shlex
@@ -59,12 +57,6 @@ VLLM_PROBE = (
     "import importlib.metadata as m, torch; n = m.packages_distributions()['vllm'][0]; "
     "print(n, m.version(n)); print(torch.cuda.get_device_name() if torch.cuda.is_available() else None)"
 )
-# transformers serve looks for a model's class among its own, and nowhere else.
-SERVE_SAVED = (
-    "import sys; from ffgym.models.families import family_of_type, register; from transformers.cli.transformers import "
-    "main; family = family_of_type({!r}); register([family]); saved = family.saved_classes()[1]; "
-    "setattr(sys.modules['transformers'], saved.__name__, saved); main()"
-)
 
 
 @dataclass(frozen=True)
@@ -73,12 +65,12 @@ class ServedModel:
 
     Attributes:
         role: what it is called in tables, e.g. ``"dense"``.
-        model_type: of the class file beside its weights; ``None`` for a stock model.
+        has_class_file: beside its weights; a stock model has none.
     """
 
     role: str
     folder: Path
-    model_type: str | None = None
+    has_class_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,6 @@ class Server:
     Attributes:
         role: which model it is, e.g. ``"dense"``.
         command: starts it, address aside.
-        model: what requests call the model.
         body: what requests say beside prompt and length.
         environment: variables that differ from those of this process; ``None`` unsets one.
         weights: their bytes on disk.
@@ -121,7 +112,6 @@ class Server:
 
     role: str
     command: tuple[str, ...]
-    model: str = "model"
     body: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str | None] = field(default_factory=dict)
     weights: int = 0
@@ -191,10 +181,10 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
 
     servers = []
     for model in models:
-        if model.model_type is not None:
+        if model.has_class_file:
             _check_layers(model, version, setting.arguments)
-        servers.append(server(model.role, model.folder, *["--trust-remote-code"] * (model.model_type is not None)))
-        if model.model_type is None and any(other.model_type for other in models):
+        servers.append(server(model.role, model.folder, *["--trust-remote-code"] * model.has_class_file))
+        if not model.has_class_file and any(other.has_class_file for other in models):
             servers.append(server(DENSE_AS_PRUNED, model.folder, "--model-impl", "transformers"))
     return Fleet(version, tuple(servers), None if gpu == "None" else gpu)
 
@@ -230,33 +220,6 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     return Fleet(version, tuple(servers), _gpu(), bytes_beside_weights=1 << 30)
 
 
-def transformers(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
-    """``transformers serve`` of this Python.
-
-    Raises:
-        ModelError: what it needs is not installed.
-    """
-    from transformers import __version__
-
-    missing = [name for name in ("fastapi", "openai", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModelError(
-            f"transformers serve needs {', '.join(missing)}, not installed for {sys.executable}",
-            hint="Install what it needs: pip install 'transformers[serving]'.",
-        )
-    # An end-of-text token must not end an answer. transformers has no switch for that; a minimum length does it.
-    length = dict.fromkeys(("min_new_tokens", "max_new_tokens"), setting.output_tokens)
-    body = {"generation_config": json.dumps({**length, "do_sample": False})}
-
-    def server(model: ServedModel) -> Server:
-        stock, saved = ("-m", "transformers.cli.transformers"), ("-c", SERVE_SAVED.format(model.model_type))
-        program, folder = stock if model.model_type is None else saved, str(model.folder)
-        command = (sys.executable, *program, "serve", folder, "--dtype", setting.dtype, *setting.arguments)
-        return Server(model.role, command, folder, body, _threads(setting), weights_on_disk(model.folder)[0])
-
-    return Fleet(f"transformers {__version__}", tuple(map(server, models)), _gpu())
-
-
 def _check_layers(model: ServedModel, version: str, arguments: Sequence[str]) -> None:
     """Refuse a model with a class file whose layers this vLLM cannot serve; vLLM looks at one size for all layers."""
     if VLLM_BEFORE_LAYERS.match(version):
@@ -290,7 +253,7 @@ def check_dtype(dtype: str) -> None:
 
 
 Engine = Callable[[Setting, Sequence[ServedModel]], Fleet]
-ENGINES: dict[str, Engine] = {"vllm": vllm, "llama-cpp": llama_cpp, "transformers": transformers}
+ENGINES: dict[str, Engine] = {"vllm": vllm, "llama-cpp": llama_cpp}
 
 
 @dataclass(frozen=True)

@@ -175,14 +175,13 @@ def _saved(
 ) -> Iterator[ServedModel]:
     """Save the dense model and one for each probe, all with the class that pruned models have."""
     prunable = PrunableModel(loaded.model)
-    model_type = prunable.family.saved_classes()[0].model_type
     for index, probe in enumerate([None, *probes]):
         sizes = zip(shapes, prunable.dense_units, strict=True)
         kept = [units if probe is None or shape != probe.shape else probe.size for shape, units in sizes]
         prunable.cut(kept, calibrated=False)
         folder = scratch / str(index)
         save_pruned(prunable, loaded.tokenizer, folder)
-        yield ServedModel(DENSE if probe is None else probe.role, folder, model_type)
+        yield ServedModel(DENSE if probe is None else probe.role, folder, has_class_file=True)
     prunable.restore()
 
 

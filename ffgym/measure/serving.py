@@ -166,7 +166,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
     pruned = model_folder(options.folder)
     source = dense_model(pruned, options.dense)
     dense = _dense_folder(source)
-    context, model_type = _checked(dense, pruned, options)
+    context, has_class_file = _checked(dense, pruned, options)
     dtype = weights_on_disk(pruned)[1] if options.dtype == "auto" else options.dtype
     check_dtype(dtype)
     workloads = [Workload(count, length) for count, length in product(options.requests, options.prompt_lengths)]
@@ -181,7 +181,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
             arguments=options.arguments,
             scratch=Path(folder),
         )
-        models = [ServedModel(DENSE, dense), ServedModel(PRUNED, pruned, model_type)]
+        models = [ServedModel(DENSE, dense), ServedModel(PRUNED, pruned, has_class_file)]
         with reporter.stage(f"prepare {options.engine}", 1):
             fleet = ENGINES[options.engine](setting, models)
         together = fleet.fits_memory()
@@ -235,8 +235,8 @@ def _dense_folder(source: DenseModel) -> Path:
         ) from error
 
 
-def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | None]:
-    """Tokens of the longest prompt with its answer, and the type of a pruned model that has a class file."""
+def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, bool]:
+    """Tokens of the longest prompt with its answer, and whether the pruned model has a class file."""
     before, after = load_config(dense), load_config(pruned)
     facts, others = (
         {"family": str(config.model_type).removeprefix(PREFIX), **{name: getattr(config, name) for name in ALIKE}}
@@ -245,8 +245,8 @@ def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | No
     for name, fact in facts.items():
         if fact != others[name]:
             raise ModelError(f"{name} is {fact} in the dense model and {others[name]} in the pruned one", hint=HINT)
-    model_type = after.model_type if str(after.model_type).startswith(PREFIX) else None
-    if model_type is not None and not is_current(pruned):
+    has_class_file = str(after.model_type).startswith(PREFIX)
+    if has_class_file and not is_current(pruned):
         raise ModelError(
             f"the class file in {pruned}, which a server runs, is missing, or not the one that this ffgym writes",
             hint=f"Read it; then bring it up to date: ffgym export {shlex.quote(str(pruned))} --refresh",
@@ -259,7 +259,7 @@ def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, str | No
             f"{room + options.output_tokens} tokens that the models take",
             hint=f"Use prompts of at most {room} tokens." if room > 0 else "Use fewer --output-tokens.",
         )
-    return longest + options.output_tokens + SPARE_TOKENS, model_type
+    return longest + options.output_tokens + SPARE_TOKENS, has_class_file
 
 
 def _summarised(found: Bursts) -> Iterator[Served]:

@@ -367,18 +367,6 @@ def test_bad_arguments_are_named(pruned: Path, log: Path) -> None:
     assert not noted(log, "started")
 
 
-# an engine itself
-
-
-@pytest.mark.slow
-def test_transformers_serves_both_models(pruned: Path) -> None:
-    pytest.importorskip("openai", reason="transformers serve needs transformers[serving]")
-    quick: dict[str, Any] = {"requests": (2,), "prompt_lengths": (16,), "output_tokens": 8, "repetitions": 1}
-    found = silently(Options(pruned, "transformers", str(glass_home() / "glass"), threads=1, **quick))
-    assert [each.model for each in found.served] == ["dense", "pruned"]
-    assert found.answer_tokens == (8, 8)
-
-
 # the command
 
 
