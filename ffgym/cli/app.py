@@ -24,7 +24,7 @@ OUT_OF_MEMORY = (
 )
 COMMANDS = (
     *("run", "plan", "prepare", "recover", "bench", "eval", "measure", "latency", "export"),
-    *("config", "ls", "plugins", "new", "check-env", "runs", "compare", "report", "sync", "ui", "cache"),
+    *("config", "ls", "plugins", "new", "runs", "compare", "report", "sync", "ui", "cache"),
 )
 # A folder that may not be entered, a name that is too long, links in a circle, a file where a folder should be.
 REFUSED_PATH = frozenset({errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR})

@@ -1,4 +1,4 @@
-"""``ffgym run``, ``plan``, ``prepare``, ``config`` and ``check-env``: the commands that take a run configuration."""
+"""``ffgym run``, ``plan``, ``prepare`` and ``config``: the commands that take a run configuration."""
 
 from __future__ import annotations
 
@@ -146,19 +146,3 @@ def print_config(config: RunConfig) -> None:
     config = with_options(config)
     check_agent_fits(config)
     typer.echo(to_toml(config, meanings(config)), nl=False)
-
-
-@app.command("check-env")
-@configured(["--model", "--seed"])
-def check_env(config: RunConfig) -> None:
-    """Run Gymnasium's and Stable-Baselines3's environment checkers on the pruning environment."""
-    from ffgym.envs.check import complaints
-    from ffgym.pipeline.make_env import make_pruning_env, shrunk
-
-    with contextlib.closing(make_pruning_env(shrunk(config))) as env:
-        found = complaints(env)
-    for complaint in found:
-        typer.secho(complaint, fg="red", err=True)
-    if found:
-        raise typer.Exit(1)
-    typer.echo("ok: both checkers pass without a warning")

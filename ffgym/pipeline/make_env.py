@@ -6,10 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import given_values, layered, load_config
-from ffgym.data.splits import ROLES
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
@@ -18,9 +16,6 @@ from ffgym.pipeline.task import open_task
 from ffgym.prepare.parts import make_reward, make_schedule
 from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.report.progress import Reporter
-
-CHECKED_WINDOW = 128
-CHECKED_RIDGE = 0.01
 
 
 def make_pruning_env(
@@ -101,20 +96,3 @@ def _resolved(
     if workers is not None and isinstance(counted := tables.get("workers", {}), dict):
         tables["workers"] = {**counted, "count": workers}
     return load_config(file, **tables)
-
-
-def shrunk(config: RunConfig) -> RunConfig:
-    """The same run on a few short windows, for checks of the interface that do not look at the numbers.
-
-    Windows have at most 128 tokens: two for statistics, two to search on, one per episode. A mixture is reduced to its
-    first corpus. The ridge strength is a number, because choosing it takes most of the time.
-    """
-    plain = config.model_dump()
-    window = min(config.data.window, CHECKED_WINDOW)
-    plain["data"] |= {"window": window, "report_tokens": window}
-    plain["data"] |= {"calibration_tokens": 2 * window, "search_tokens": 2 * window}
-    plain["data"] |= {role: next(iter(shares(getattr(config.data, role)))) for role in ROLES}
-    plain["search"] |= {"episode_tokens": window, "final_tokens": window}
-    if config.prune.ridge == "auto":
-        plain["prune"] |= {"ridge": CHECKED_RIDGE}
-    return RunConfig.model_validate(plain)

@@ -159,7 +159,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_every_command_has_help() -> None:
     listed = call("--help").stdout
-    commands = "run recover config eval export measure latency ls plugins check-env runs sync ui"
+    commands = "run recover config eval export measure latency ls plugins runs sync ui"
     for command in commands.split():
         assert call(command, "--help").exit_code == 0
         assert command in listed
@@ -360,7 +360,7 @@ def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(call("run").exception, RuntimeError)
 
 
-# config, ls, plugins, check-env, ui
+# config, ls, plugins, ui
 
 
 def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Path) -> None:
@@ -417,29 +417,6 @@ def test_a_plugin_whose_name_is_taken_did_not_fail_anywhere(install: Callable[..
     listed = call("ls", "criteria").stderr
     assert "not used, because another plugin has the same name: acme-wanda-entry" in listed
     assert "could not be loaded" not in listed
-
-
-@pytest.mark.parametrize(("complaints", "status"), [([], 0), (["the space is odd"], 1)])
-def test_check_env_reports_complaints(monkeypatch: pytest.MonkeyPatch, complaints: list[str], status: int) -> None:
-    seen: list[RunConfig] = []
-    closed: list[bool] = []
-
-    def make_pruning_env(config: RunConfig) -> Any:
-        seen.append(config)
-        return types.SimpleNamespace(close=lambda: closed.append(True))
-
-    import ffgym.envs
-    import ffgym.prepare  # noqa: F401
-
-    replace_module(monkeypatch, "ffgym.envs.check", complaints=lambda env: complaints)
-    replace_module(
-        monkeypatch, "ffgym.pipeline.make_env", make_pruning_env=make_pruning_env, shrunk=lambda config: config
-    )
-    done = call("check-env", "--model", "tiny", "--set", "data.window=512")
-    assert done.exit_code == status
-    assert (seen[0].model.name, seen[0].data.window) == ("tiny", 512)
-    assert closed, "or its workers would outlive the command"
-    assert all(complaint in done.stderr for complaint in complaints)
 
 
 def test_ui_opens_the_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,27 +1,28 @@
-"""Both environment checkers accept the pruning environment without a warning, and what they say is passed on."""
+"""Both environment checkers accept the pruning environment, and so do those who make it by name."""
 
 from __future__ import annotations
 
 import re
+import warnings
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from gymnasium.utils.env_checker import check_env as check_with_gymnasium
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_checker import check_env as check_with_sb3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import ffgym.envs
-from ffgym.config.tables import RunConfig
 from ffgym.criteria.wanda import Wanda
-from ffgym.envs.check import complaints
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import DataError, FFGymError
-from ffgym.pipeline.make_env import make_pruning_env, shrunk
+from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
 from ffgym.rewards.perplexity import Perplexity
@@ -36,50 +37,31 @@ def tiny_env(family):
     return PruningEnv(prepared.prunable, Perplexity(), windows, Budget(prepared.prunable.sublayers))
 
 
-def checked(config):
-    return complaints(make_pruning_env(shrunk(config)))
+def check(env):
+    """Have both checkers look at an environment without wrappers; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_with_gymnasium(env, skip_render_check=True)
+        check_with_sb3(env)
 
 
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_both_checkers_pass_without_a_warning(family):
-    assert complaints(tiny_env(family)) == []
+    check(tiny_env(family))
 
 
-def test_a_configured_run_is_checked(tiny_run):
-    assert checked(RunConfig.model_validate(tiny_run)) == []
-
-
-def test_one_shape_for_all_layers_is_checked_too(tiny_run):
-    assert checked(RunConfig.model_validate({**tiny_run, "prune": {"uniform": True, "align": 16}})) == []
-
-
-def test_it_is_checked_small_whatever_is_asked_for():
-    checked = shrunk(RunConfig())
-    assert checked.data.window <= 128
-    assert checked.data.calibration_tokens + checked.data.search_tokens <= 512
-    assert checked.search.episode_tokens == checked.data.window
-    assert checked.model == RunConfig().model
-    assert checked.prune.model_copy(update={"ridge": "auto"}) == RunConfig().prune
-    mixed = RunConfig.model_validate({"data": {"search": ["demo:c4", "demo:wiki", "demo:code"]}})
-    assert shrunk(mixed).data.search == "demo:c4"
-
-
-def test_warnings_and_failures_become_complaints():
-    class Odd(gymnasium.Env):
-        action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float64)
-        observation_space = gymnasium.spaces.Box(0.0, 1.0, (2,), np.float32)
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            return np.zeros(2, np.float32), {}
-
-        def step(self, action):
-            return np.full(2, 5, np.float32), 0.0, True, False, {}
-
-    said = complaints(Odd())
-    assert any(line.startswith("Gymnasium: ") for line in said)
-    assert any(line.startswith("Stable-Baselines3: AssertionError") for line in said)
-    assert not any("\x1b" in line for line in said)
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"prune": {"uniform": True, "align": 16}},
+        {"reward": {"name": "kl"}},
+        {"reward": {"name": "multi-objective"}},
+    ],
+    ids=["plain", "one shape for all layers", "kl", "multi-objective"],
+)
+def test_so_does_a_configured_run(tiny_run, tables):
+    check(make_pruning_env(tiny_run, **tables))
 
 
 def test_gymnasium_makes_the_environment_by_name(tiny_run):
