@@ -24,21 +24,19 @@ def compare(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help="folder for the table and the pictures")] = Path(
-        "comparison"
-    ),
+    output: Annotated[Path, typer.Option("--output", help="folder for the table and the picture")] = Path("comparison"),
     root: RootOption = TrackingTable().root,
     experiment: ExperimentOption = TrackingTable().experiment,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare finished runs window by window, in a table and two pictures.
+    """Compare finished runs window by window, in a table and a picture.
 
     Example: ffgym compare runs/one runs/other --output comparison
     """
     from rich.console import Console
 
     from ffgym.pipeline.stored import compare_runs, stored_run
-    from ffgym.report.comparison import differences_figure, size_figure
+    from ffgym.report.comparison import differences_figure
 
     if len(runs) < 2:
         raise typer.BadParameter("name at least two runs", param_hint="RUN")
@@ -47,8 +45,7 @@ def compare(
     found = compare_runs([stored_run(run, Path(root).expanduser(), experiment) for run in runs])
     table = found.layout()
     write_text(output / "comparison.md", table.markdown())
-    size_figure(found.runs, output / "size.png")
-    written = ["comparison.md", "size.png"]
+    written = ["comparison.md"]
     differences = [(run.name, difference) for run in found.runs if (difference := found.difference(run)) is not None]
     if differences:
         differences_figure(differences, found.reference.name, output / "differences.png")

@@ -1,4 +1,4 @@
-"""Several runs side by side: one table, their paired differences, and perplexity against size."""
+"""Several runs side by side: one table, and a picture of their paired differences."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ffgym.report.figures import BLACK, BLUE, SERIES, default_style, new_figure, save_figure, tidy
+from ffgym.report.figures import BLACK, BLUE, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, humane, percent, stacked
-from ffgym.report.paired import Difference, difference_data, margin, paired_difference
+from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
 
-FILLS = ("full", "none", "left", "bottom")  # of markers: the next one where the colours begin again
 FAR = 5.0  # times as far from the reference as most rows that differ from it
 
 
@@ -161,50 +160,3 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
 def _reach(found: Difference) -> float:
     """The farther end of its interval."""
     return abs(found.mean) + (found.margin if math.isfinite(found.margin) else 0.0)
-
-
-@default_style()
-def size_figure(runs: Sequence[ComparedRun], path: Path) -> None:
-    """Draw perplexity against size, with the 95 % intervals of the perplexities and the dense models."""
-    figure = new_figure(width=9.0, height=5.0)
-    axes: Any = figure.add_subplot()
-    # Another order of the units rounds otherwise: one dense model may have losses that differ in their last bits.
-    dense = {(row.parameters, perplexity_text(row)): row for row in (run.table.dense for run in runs)}.values()
-    points = [
-        (f"dense: {perplexity_text(row)}", row, {"color": BLACK, "marker": "*", "markersize": 14}) for row in dense
-    ]
-    points += [
-        (f"{run.name}: {perplexity_text(run.result)}", run.result, _look(number)) for number, run in enumerate(runs)
-    ]
-    points = [(label, row, look) for label, row, look in points if math.isfinite(row.perplexity)]
-    sizes = [row.parameters / 1e6 for _, row, _ in points]
-    # Side by side where sizes are equal, so that no bar hides another.
-    step = 0.015 * (max(sizes) - min(sizes) or max(sizes)) if sizes else 0.0
-    for number, ((label, row, look), size) in enumerate(zip(points, sizes, strict=True)):
-        half = margin(row.losses) if len(row.losses) > 1 else 1.96 * (row.loss_stderr or 0.0)
-        bars = [[row.perplexity * -math.expm1(-half)], [row.perplexity * math.expm1(half)]]
-        place = size + step * (sizes[:number].count(size) - (sizes.count(size) - 1) / 2)
-        axes.errorbar(place, row.perplexity, yerr=bars, label=label, capsize=4, ls="", **look)
-    if sizes and max(row.perplexity for _, row, _ in points) > 5 * min(row.perplexity for _, row, _ in points):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.margins(0.12)
-    axes.set_xlabel("parameters of the whole model (millions)")
-    axes.set_ylabel("report perplexity")
-    axes.set_title(
-        "Bars: 95 % intervals over windows. The windows are shared, so bars that overlap may still differ.\n"
-        "Runs of equal size are drawn side by side.",
-        loc="left",
-        fontsize=9,
-    )
-    figure.suptitle("Perplexity against size", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    tidy(axes)
-    save_figure(figure, path)
-
-
-def _look(number: int) -> dict[str, Any]:
-    """Colour, marker and fill of a run: one of its own for each of the first 24."""
-    again, which = divmod(number, len(SERIES))
-    fill = {"fillstyle": FILLS[again % len(FILLS)], "markerfacecoloralt": "white"}
-    return {**SERIES[which], **fill, "markersize": 8}

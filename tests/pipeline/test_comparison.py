@@ -47,7 +47,7 @@ def test_runs_are_compared_window_by_window(runs: dict[str, Path], tmp_path: Pat
     assert "In every row: params 80.0 M, sparsity 20.0%, agent reinforce" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.partition("Written to")[0].splitlines())) <= 80
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"comparison.md", "size.png", "differences.png"}
+    assert written == {"comparison.md", "differences.png"}
     assert "| better |" in (tmp_path / "out" / "comparison.md").read_text()
 
 

@@ -8,14 +8,12 @@ from typing import Any
 import made_up_episodes
 import matplotlib
 import pytest
-from stored_runs import row
 
 from ffgym.errors import OutputError
 from ffgym.report import comparison as comparison_module
-from ffgym.report.comparison import ComparedRun, differences_figure, size_figure
+from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.paired import Difference
-from ffgym.report.table import ReportTable
 from ffgym.types import Allocation, Episode, Sublayer
 
 SUBLAYERS = [
@@ -28,7 +26,6 @@ SUBLAYERS = [
 ]
 FOUND = Allocation((2, 30, 1, 64, 2, 0, 0, 20), 500, 1568)
 UNIFORM = Allocation((2, 40) * 4, 1200, 1568)
-MEASURED = ReportTable((row("dense", (1.0, 2.0), 0.0), row("found", (2.0, 3.0), 0.2, is_found=True)), "how")
 
 
 def episode(index: int, sparsity: float = 0.2, **changes) -> Episode:
@@ -147,18 +144,6 @@ def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, monkeypatc
     assert points == list(means)
 
 
-def test_runs_of_one_size_stand_side_by_side_and_more_of_them_than_colours_are_told_apart(tmp_path, monkeypatch):
-    figures: list[Any] = []
-    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
-    runs = [ComparedRun(f"run {i}", "reinforce", "wanda", "params", MEASURED, "") for i in range(4 * len(SERIES))]
-    size_figure(runs, tmp_path / "size.png")
-    axes = figures[0].axes[0]
-    assert "equal size are drawn side by side" in axes.get_title(loc="left")
-    points = [container.lines[0] for container in axes.containers if container.get_label().startswith("run")]
-    assert len({point.get_xdata()[0] for point in points}) == len(runs)
-    assert len({(point.get_color(), point.get_marker(), point.get_fillstyle()) for point in points}) == len(runs)
-
-
 @pytest.mark.parametrize("starts", [{}, {"agent": [0.1] * 3, "random": [0.1] * 4}], ids=["plain", "above the start"])
 def test_failed_episodes_of_any_reward_are_drawn(tmp_path, starts):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
@@ -183,9 +168,8 @@ def test_a_picture_that_cannot_be_written_names_its_path(tmp_path):
         lambda path: reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)]}, path, {}),
         lambda path: allocations_figure(SUBLAYERS, [episode(i) for i in range(8)], "20 %", path),
         lambda path: differences_figure([("some", Difference(0.1, 0.02))], "fisher", path),
-        lambda path: size_figure([ComparedRun("run", "reinforce", "wanda", "params", MEASURED, "")], path),
     ],
-    ids=["units kept", "reward", "allocations", "differences", "size"],
+    ids=["units kept", "reward", "allocations", "differences"],
 )
 def test_the_callers_style_changes_no_picture_and_stays_as_it_is(tmp_path, dark_style, draw):
     draw(tmp_path / "plain.png")
