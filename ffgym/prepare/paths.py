@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ffgym.data.cache import Scratch, storage_error
+from ffgym.data.cache import OTHER_CACHE, Scratch
 from ffgym.errors import CalibrationError
+from ffgym.files import writing
 from ffgym.models.checkpoint import TensorFile
 from ffgym.models.cut import PrunableModel
 from ffgym.models.stream import LayerStream
@@ -150,14 +150,12 @@ class _Gradients:
         return Scratch("tensors")
 
     def add(self, index: int, stats: LayerStats) -> None:
-        """Keep those of a sublayer; raises ``AssetError`` where they cannot be written."""
+        """Keep those of a sublayer; raises ``OutputError`` where they cannot be written."""
         if self._source is not None:
             file = self._scratch.folder / str(index)
             found = {name: getattr(stats, name) for name in GRADIENT_STATISTICS}
-            try:
+            with writing(file, OTHER_CACHE):
                 save_file({name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}, file)
-            except (OSError, SafetensorError) as error:
-                raise storage_error(error, file) from error
             stats = LayerStats(stats.tokens)
         self._stats[index] = stats
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,22 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ffgym.data.cache import (
-    cache_dir,
-    entries,
-    is_whole,
-    lock_of,
-    shrink,
-    size_limit,
-    storage_error,
-    write_folder_once,
-)
+from ffgym.data.cache import OTHER_CACHE, cache_dir, entries, is_whole, lock_of, shrink, size_limit, write_folder_once
 from ffgym.errors import AssetError, first_line
-from ffgym.files import FileFormat, check_room, write_text
+from ffgym.files import FileFormat, check_room, exclusive_lock, write_text, writing
 from ffgym.models.checkpoint import TensorFile
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
@@ -220,7 +210,7 @@ def opened_or_prepared(
         keep: statistics that are kept for heuristics.
 
     Raises:
-        OutputError: the disk has too little room for it.
+        OutputError: the disk has too little room for it, or the cache cannot be written.
     """
     place = cache_dir() / KIND / key
     with _locked(place, notify) as refused:
@@ -232,7 +222,8 @@ def opened_or_prepared(
                 return replace(stored, store=place)
             notify(f"{place} is damaged, or not what its name says: preparing again")
         if refused is not None:
-            raise storage_error(refused, place) from refused
+            with writing(place, OTHER_CACHE):
+                raise refused
         shutil.rmtree(place, ignore_errors=True)
         _check_room(place, model, keep)
         prepared: Prepared | None = None
@@ -258,19 +249,15 @@ def opened_or_prepared(
 @contextmanager
 def _locked(place: Path, notify: Notify) -> Iterator[OSError | None]:
     """Hold the lock of a store; yields why that cannot be had, as in a cache that may only be read."""
-    lock, refused = FileLock(lock_of(place)), None
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout:
-        notify("another process prepares the same model: waiting for it")
-        lock.acquire()
-    except OSError as error:
-        refused = error
-    try:
+    refused: OSError | None = None
+    with ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            said = "another process prepares the same model: waiting for it"
+            stack.enter_context(exclusive_lock(lock_of(place), waiting=lambda: notify(said)))
+        except OSError as error:
+            refused = error
         yield refused
-    finally:
-        lock.release()
 
 
 def _check_room(place: Path, model: Any, keep: frozenset[str]) -> None:

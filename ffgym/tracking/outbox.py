@@ -76,7 +76,7 @@ class Outbox:
         return self.path.read_bytes().count(b"\n")
 
     def _lock(self) -> AbstractContextManager[bool]:
-        return exclusive_lock(self.path.with_suffix(".lock"), wait=True)
+        return exclusive_lock(self.path.with_suffix(".lock"), waiting=lambda: None)
 
 
 def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> int:

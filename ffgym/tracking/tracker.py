@@ -16,9 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from filelock import FileLock, Timeout
-
 from ffgym.errors import OutputError, TrackingError
+from ffgym.files import exclusive_lock
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import SHORT_NAMES, Result, parameters
 from ffgym.tracking.outbox import Outbox
@@ -273,13 +272,10 @@ class Tracker:
             on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _alone(self) -> contextlib.AbstractContextManager[object]:
-        """The lock of those who open the store, acquired; whoever dies lets go of it."""
-        lock = FileLock(self._root / "mlflow.lock")
-        try:
-            return lock.acquire(timeout=PATIENT_SECONDS)
-        except Timeout:
-            self._notify(f"waiting for other runs, which are opening the same MLflow store {shown(self._uri)}")
-            return lock.acquire()
+        """The lock of those who open the store."""
+        said = f"waiting for other runs, which are opening the same MLflow store {shown(self._uri)}"
+        lock = self._root / "mlflow.lock"
+        return exclusive_lock(lock, waiting=lambda: self._notify(said), patience=PATIENT_SECONDS)
 
     def _source(self) -> dict[str, str]:
         """Tags that MLflow shows as who made the run, with what, and for which other run."""

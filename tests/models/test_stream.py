@@ -21,7 +21,7 @@ from ffgym.criteria.taylor import Taylor
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import AssetError, ModelError
+from ffgym.errors import AssetError, ModelError, OutputError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, evaluate_cut
 from ffgym.export.checkpoint import save_pruned
@@ -203,7 +203,7 @@ def test_nothing_temporary_is_left_of_a_preparation(folder: Path, tmp_path: Path
 
 def test_a_disk_that_fills_up_is_named(folder: Path, small_files: Any) -> None:
     small_files(1000)
-    with pytest.raises(AssetError, match=r"cannot be written: .*File too large"):
+    with pytest.raises(OutputError, match=r"cannot write .*File too large"):
         prepared_from_disk(folder, criterion=Taylor())
 
 

@@ -18,7 +18,7 @@ from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.criteria.wanda import Wanda
 from ffgym.data import cache
-from ffgym.errors import AssetError, ConfigError, OutputError
+from ffgym.errors import ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare import store
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
@@ -287,7 +287,7 @@ class TestSize:
 
     def test_a_cache_that_cannot_be_written_is_named(self, told: Told, folder: Path) -> None:
         folder.parent.write_text("a file where the cache should be")
-        with pytest.raises(AssetError, match="cannot be written") as caught:
+        with pytest.raises(OutputError, match="cannot write") as caught:
             go(told)
         assert "FFGYM_CACHE" in (caught.value.hint or "")
 
@@ -300,13 +300,13 @@ class TestSize:
         assert go(told).store == store
         assert told.prepared == 1
         (store / "layer-000.safetensors").write_bytes(b"damaged")
-        with pytest.raises(AssetError, match="cannot be written"):
+        with pytest.raises(OutputError, match="cannot write"):
             go(told)
         assert (store / "layer-000.safetensors").exists()
 
     def test_a_disk_that_fills_up_is_named_and_nothing_is_left(self, told: Told, small_files: Any) -> None:
         small_files(1000)
-        with pytest.raises(AssetError, match=r"cannot be written: .*File too large") as caught:
+        with pytest.raises(OutputError, match=r"cannot write .*File too large") as caught:
             go(told)
         assert "FFGYM_CACHE" in (caught.value.hint or "")
         assert cache.entries("prepared") == []
