@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from ffgym.config.mixture import described
 from ffgym.files import Count
 from ffgym.report.figures import SERIES, default_style, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, counted, percent, stacked
+from ffgym.report.layout import Column, Table, counted, numeric, percent
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
@@ -151,22 +151,22 @@ class BenchTable:
         """What stands where."""
         columns: list[Column[BenchRow]] = [
             Column("agent", lambda row: row.label, left=True, plain=lambda row: {"label": row.label}),
-            _number(
+            numeric(
                 "perplexity",
                 lambda row: str(row.perplexity),
                 lambda row: {"perplexity": row.perplexity.value, "perplexity_stderr": row.perplexity.stderr},
             ),
-            _number("x dense", lambda row: f"{row.times_dense:.2f}", lambda row: {"ratio_to_dense": row.times_dense}),
-            _number("nats against best heuristic", self._against, lambda row: difference_data(row.difference)),
-            _number(
+            numeric("x dense", lambda row: f"{row.times_dense:.2f}", lambda row: {"ratio_to_dense": row.times_dense}),
+            numeric("nats against best heuristic", self._against, lambda row: difference_data(row.difference)),
+            numeric(
                 "without any refit",
                 lambda row: str(row.plain or "—"),
                 lambda row: {"perplexity_without_refit": row.plain and row.plain.value},
             ),
-            _number("seeds", lambda row: str(row.seeds), lambda row: {"seeds": row.seeds}, spare=True),
+            numeric("seeds", lambda row: str(row.seeds), lambda row: {"seeds": row.seeds}, spare=True),
             Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
-            _number("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
-            _number("seconds", lambda row: f"{row.seconds:.0f}", lambda row: {"seconds": row.seconds}, spare=True),
+            numeric("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
+            numeric("seconds", lambda row: f"{row.seconds:.0f}", lambda row: {"seconds": row.seconds}, spare=True),
             *map(_difference_from, self.baselines),
             *map(_tokens_to, self.baselines),
         ]
@@ -181,12 +181,6 @@ class BenchTable:
         return "best heuristic" if row.label == self.heuristic else str(row.difference or "—")
 
 
-def _number(
-    head: str, text: Callable[[BenchRow], str], plain: Callable[[BenchRow], JSONDict], *, spare: bool = False
-) -> Column[BenchRow]:
-    return Column(head, text, plain=plain, spare=spare, console_head=stacked(head))
-
-
 def _against(baseline: str) -> str:
     return f"nats against {baseline}"
 
@@ -196,7 +190,7 @@ def _difference_from(baseline: str) -> Column[BenchRow]:
         found = row.differences[baseline]
         return {f"{key}_from_{baseline}": value for key, value in difference_data(found).items()}
 
-    return _number(_against(baseline), lambda row: str(row.differences[baseline] or "—"), plain, spare=True)
+    return numeric(_against(baseline), lambda row: str(row.differences[baseline] or "—"), plain, spare=True)
 
 
 def _tokens_to(baseline: str) -> Column[BenchRow]:
@@ -204,7 +198,7 @@ def _tokens_to(baseline: str) -> Column[BenchRow]:
         tokens = row.tokens_to[baseline]
         return "—" if tokens is None else f"{'≤ ' if tokens <= row.first_mark else ''}{tokens:,.0f}"
 
-    return _number(
+    return numeric(
         f"tokens to {baseline}'s final quality",
         cell,
         lambda row: {f"tokens_to_{baseline}": row.tokens_to[baseline]},

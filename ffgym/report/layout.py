@@ -155,6 +155,14 @@ class Table(Generic[R]):
         return strict([{key: value for part in parts for key, value in part(row).items()} for row in self.rows])
 
 
+def numeric(
+    head: str, text: Callable[[R], str], plain: Callable[[R], JSONDict], *, bold: bool = False, spare: bool = False
+) -> Column[R]:
+    """A column of numbers: on a console its head has line breaks, and its cells have none."""
+    look = {"no_wrap": True}
+    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=stacked(head), look=look)
+
+
 def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
     """Columns of rows that are cells already, the first on the left; ``look`` as in `Column`."""
     return [

@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ffgym.report.layout import STAR, Column, Table, stacked
+from ffgym.report.layout import STAR, Column, Table, numeric
 from ffgym.report.paired import Difference, difference_data, paired_difference
-from ffgym.types import Bos, JSONDict
+from ffgym.types import Bos
 
 DESTROYED = 10.0  # times the dense perplexity; such a model is of no use
 
@@ -187,7 +187,7 @@ class ReportTable:
                 bold=True,
                 look={"overflow": "fold"},
             ),
-            _number(
+            numeric(
                 "perplexity",
                 lambda row: (
                     perplexity_text(row)
@@ -196,7 +196,7 @@ class ReportTable:
                 lambda row: {"perplexity": row.perplexity, "loss_stderr": row.loss_stderr},
                 bold=True,
             ),
-            _number("x dense", self._times_dense, lambda row: {"ratio_to_dense": self.times_dense(row)}),
+            numeric("x dense", self._times_dense, lambda row: {"ratio_to_dense": self.times_dense(row)}),
             *([self._against()] if any(self.difference(row) for row in self.rows) else []),
             _share("sparsity prunable", lambda row: row.sparsity_prunable),
             _share("sparsity model", lambda row: row.sparsity_model),
@@ -238,7 +238,7 @@ class ReportTable:
         def cell(row: Row) -> str:
             return "best heuristic" if row is best else str(self.difference(row) or "")
 
-        return _number("nats against best heuristic", cell, lambda row: difference_data(self.difference(row)))
+        return numeric("nats against best heuristic", cell, lambda row: difference_data(self.difference(row)))
 
     def _refit_notes(self) -> list[str]:
         """Say so where the saved refit is clearly worse than none."""
@@ -281,15 +281,8 @@ def _lowest(rows: Iterable[Row]) -> Row | None:
     return min(numbers, key=lambda row: row.perplexity, default=None)
 
 
-def _number(
-    head: str, text: Callable[[Row], str], plain: Callable[[Row], JSONDict], *, bold: bool = False, spare: bool = False
-) -> Column[Row]:
-    look = {"no_wrap": True}
-    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=stacked(head), look=look)
-
-
 def _share(head: str, share: Callable[[Row], float]) -> Column[Row]:
-    return _number(
+    return numeric(
         head,
         lambda row: "" if row.is_dense else f"{share(row):.1%}",
         lambda row: {head.replace(" ", "_"): share(row)},
@@ -298,7 +291,7 @@ def _share(head: str, share: Callable[[Row], float]) -> Column[Row]:
 
 
 def _cost(index: int, head: str) -> Column[Row]:
-    return _number(
+    return numeric(
         head,
         lambda row: row.costs[index].text,
         lambda row: {row.costs[index].key: row.costs[index].value},

@@ -19,6 +19,7 @@ import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.plugins.bases import Reward
+from ffgym.report.paired import standard_error
 from ffgym.search.finalists import STARTS, Candidate
 from ffgym.types import OnShare
 
@@ -136,10 +137,8 @@ def _rounds(count: int, places: range) -> Iterator[tuple[int, range]]:
 
 def _is_better(differences: np.ndarray) -> bool:
     """Whether paired differences are above 0 by more than ``SIGNIFICANT`` of their standard errors."""
-    if len(differences) < 2:
-        return False
-    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
-    return float(differences.mean()) > SIGNIFICANT * error
+    error = standard_error(differences)
+    return error is not None and float(differences.mean()) > SIGNIFICANT * error
 
 
 class _Measured:
