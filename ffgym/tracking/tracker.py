@@ -6,15 +6,13 @@ import contextlib
 import getpass
 import json
 import math
-import os
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from ffgym.errors import OutputError, TrackingError
 from ffgym.files import exclusive_lock
@@ -48,7 +46,6 @@ from ffgym.version import __version__
 
 Point = tuple[str, float, int, int]
 """Of a curve: name, value, step, and when, in milliseconds."""
-RESERVE_BYTES = 256 * 1024
 PATIENT_SECONDS = 5  # to wait without a word while another process opens the same store
 RETRY_SECONDS = 60  # after which a store that took nothing is tried again
 
@@ -119,7 +116,6 @@ class Tracker:
         self._system = SystemMetrics()
         self._outbox: Outbox | None = None  # of a run that has begun
         self._retry_at: float | None = None  # when a store that took nothing is tried again
-        self._reserve: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         if self._enabled:
@@ -134,8 +130,6 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._reserve is not None:
-            self._reserve.close()
         if self.run_id is None:
             return
         if error is None:
@@ -249,12 +243,9 @@ class Tracker:
     def _open(self) -> None:
         """Open the store and begin the run."""
         translating = translated(self._uri, "open the MLflow store")
-        with translating, contextlib.ExitStack() as opening, contextlib.ExitStack() as on_failure:
+        with translating, contextlib.ExitStack() as opening:
             if self._is_own:
                 require_writable(self._root)
-                # On a full disk, closing this nameless file makes room to say how the run ended.
-                self._reserve = on_failure.enter_context(tempfile.TemporaryFile(dir=self._root, buffering=0))
-                self._reserve.write(os.urandom(RESERVE_BYTES))
                 import_store()
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(self._alone())
@@ -269,7 +260,6 @@ class Tracker:
                 self._had_folder = self._unsent.exists()
                 self._outbox = Outbox(self._unsent, run.info.run_id)
                 self.run_id = run.info.run_id
-            on_failure.pop_all()  # from here on, leaving the block closes the reserve
 
     def _alone(self) -> contextlib.AbstractContextManager[object]:
         """The lock of those who open the store."""
