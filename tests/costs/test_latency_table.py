@@ -93,8 +93,6 @@ class TestFile:
             ("seconds", [0.1, 0.0]),
             ("seconds", [0.1, float("inf")]),
             ("low", []),
-            ("low", [4e-3, 4e-3]),
-            ("high", [2e-3, 4e-3]),
         ],
     )
     def test_curves_that_are_none_are_refused(self, table, field, value):
