@@ -1,4 +1,4 @@
-"""PPO, evolution, CMA-ES, Bayesian optimisation, EvoPress, sensitivity: what each promises on known problems."""
+"""PPO, evolution, CMA-ES, EvoPress: what each promises on known problems."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import json
 import numpy as np
 import pytest
 
-from ffgym.agents.bayesian import Bayesian
 from ffgym.agents.cma_es import CMAES
 from ffgym.agents.evolution import Evolution
 from ffgym.agents.evopress import EvoPress
 from ffgym.agents.ppo import PPO
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce
-from ffgym.agents.sensitivity import Sensitivity, one_at_a_time, solve
-from ffgym.agents.surrogate import Surrogate, expected_improvement
 from ffgym.errors import ConfigError
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv
 
 OBSERVATION = np.array([0.2, 1.0], dtype=np.float32)
-RIVALS = [PPO, Evolution, CMAES, Bayesian, EvoPress, Sensitivity]
+RIVALS = [PPO, Evolution, CMAES, EvoPress]
 
 
 class TestPPO(AgentConformance):
@@ -40,15 +37,6 @@ class TestCMAES(AgentConformance):
         return CMAES()
 
 
-class TestBayesian(AgentConformance):
-    def make(self):
-        return Bayesian()
-
-    def environment(self):
-        """A short search: every update fits its Gaussian processes to all episodes so far."""
-        return QuadraticEnv(num_envs=8, dimensions=6, tokens=64, noise=0.02)
-
-
 class TestEvoPress(AgentConformance):
     def make(self):
         return EvoPress()
@@ -57,11 +45,6 @@ class TestEvoPress(AgentConformance):
 class TestSmoothAveragedCMAES(AgentConformance):
     def make(self):
         return CMAES(CMAES.Config(smooth=0.95, average=0.5))
-
-
-class TestSensitivity(AgentConformance):
-    def make(self):
-        return Sensitivity()
 
 
 def learned(cls, problem, *, dimensions=6, tokens=240, seed=0, noise=0.02, batch=8, prior=0.0, config=None):
@@ -89,9 +72,7 @@ def regret(cls, problem, **settings):
         (PPO, 0.03, 0.03, 0.13),
         (Evolution, 0.01, 0.01, 0.06),
         (CMAES, 0.002, 0.005, 0.03),
-        (Bayesian, 0.001, 0.002, 0.03),
         (EvoPress, 0.035, 0.035, 0.1),
-        (Sensitivity, 0.01, 0.02, 0.06),
         (Reinforce, 0.031, 0.027, 0.09),
     ],
 )
@@ -119,7 +100,7 @@ def test_starts_from_the_prior(cls):
     assert env.tokens_left == 0
 
 
-@pytest.mark.parametrize("cls", [Evolution, Bayesian, EvoPress, Sensitivity])
+@pytest.mark.parametrize("cls", [Evolution, EvoPress])
 def test_measures_the_prior_itself_first(cls):
     _, _, asked = learned(cls, QuadraticEnv, tokens=8, prior=0.5)
     np.testing.assert_array_equal(asked[0][0], np.full(6, 0.5))
@@ -220,43 +201,6 @@ class TestWhatIsTheirOwn:
             agent.tell(observations, actions, rng.standard_normal(8))
         assert agent.recommend(OBSERVATION)[0].mean() > 0.8  # told of clipped samples, it comes to 0.68
 
-    def test_bayesian_sees_what_was_gained_from_update_to_update(self):
-        """A steady climb in 60 dimensions: the best point is one of the last, though levels would explain all of it."""
-        rng = np.random.default_rng(0)
-        centre, points = np.zeros(60), []
-        for _ in range(24):
-            points.append(np.vstack([centre, centre + 0.1 * rng.standard_normal((7, 60))]))
-            centre = centre + 0.06 * (0.4 - centre)
-        worth = 1 - ((np.array(points) - 0.4) ** 2).mean(axis=2)
-        surrogate = Surrogate(np.concatenate(points), worth + 0.03 * rng.standard_normal((24, 1)))
-        assert np.corrcoef(surrogate.means, worth.ravel())[0, 1] > 0.9
-        assert int(np.argmax(surrogate.means)) // 8 >= 20
-
-    def test_bayesian_measures_its_incumbent_again(self):
-        agent, _, asked = learned(Bayesian, SeparableEnv, tokens=80)
-        for index, actions in enumerate(asked[1:], start=1):
-            assert (np.concatenate(asked[:index]) == actions[0]).all(axis=1).any()
-        assert (np.concatenate(asked) == agent.recommend(OBSERVATION)[0]).all(axis=1).any()
-
-    def test_surrogate_sees_through_the_levels_of_updates(self):
-        """Levels move a hundred times more than f does; a point measured in every update ties them together."""
-        rng = np.random.default_rng(0)
-        points = rng.uniform(-1, 1, (6, 8, 3))
-        points[:, 0] = 0.2
-        worth = -((points - 0.2) ** 2).sum(axis=2)
-        surrogate = Surrogate(points.reshape(48, 3), worth + rng.normal(0, 100, (6, 1)))
-        assert np.corrcoef(surrogate.means, worth.ravel())[0, 1] > 0.98
-
-    def test_surrogate_of_equal_rewards_is_flat(self):
-        points = np.random.default_rng(0).uniform(-1, 1, (18, 3))
-        surrogate = Surrogate(points, np.repeat([[0.7], [0.1], [0.3]], 6, axis=1))
-        assert np.abs(surrogate.means).max() < 1.0
-
-    def test_expected_improvement_is_an_expectation(self):
-        gain, deviation = np.array([-1.0, 0.0, 0.5]), np.array([0.5, 1.0, 0.1])
-        draws = np.random.default_rng(0).normal(gain, deviation, (400_000, 3))
-        np.testing.assert_allclose(expected_improvement(gain, deviation), draws.clip(min=0).mean(axis=0), atol=3e-3)
-
     def test_evopress_moves_units_between_sublayers(self):
         agent = EvoPress()
         agent.begin(dimensions=6, batch=8, seed=0)
@@ -321,25 +265,3 @@ class TestWhatIsTheirOwn:
         fresh.load_state(agent.state())
         with pytest.raises(ConfigError, match=r"has agent.layers = \[32, 16, 8\], and this run has \[64, 64\]"):
             PPO().load_state(agent.state())
-
-    def test_sensitivity_has_learnt_from_an_update_when_it_reports_it(self):
-        """What is noted at the last update is what the search ends with."""
-        agent, noted = Sensitivity(), []
-        env = RuggedEnv(num_envs=8, dimensions=6, tokens=240, noise=0.02)
-        agent.learn(env, seed=0, on_update=lambda update: noted.append(agent.recommend(OBSERVATION)))
-        assert noted[0] == []
-        np.testing.assert_array_equal(noted[-1][0], agent.recommend(OBSERVATION)[0])
-
-    def test_sensitivity_goes_as_far_as_its_tokens(self):
-        """One update of 8: seven of sixty sublayers are measured, nothing is checked, all others keep the prior."""
-        agent, _, _ = learned(Sensitivity, SeparableEnv, dimensions=60, tokens=8)
-        assert 0 < np.count_nonzero(agent.recommend(OBSERVATION)[0]) <= 7
-
-    def test_sensitivity_measures_no_move_twice_that_an_edge_swallows(self):
-        moves = one_at_a_time(np.array([1.0, 0.9, -1.0]), np.random.default_rng(0))
-        assert sorted((i, round(x, 6)) for i, x in moves) == [(0, -0.4), (1, -0.4), (1, 0.1), (2, 0.4)]
-
-    def test_sensitivity_solves_parabolas_exactly(self):
-        moves = [(0, -0.4), (0, 0.4), (1, -0.4), (1, 0.4), (2, 0.4), (3, 0.4)]
-        gains = np.array([*(-((x - 0.1) ** 2) + 0.01 for x in (-0.4, 0.4)), -1.0, 3.0, -0.5, np.nan])
-        np.testing.assert_allclose(solve(4, moves, gains), [0.1, 0.4, 0.0, 0.0], atol=1e-12)

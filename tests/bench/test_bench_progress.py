@@ -50,7 +50,7 @@ def written(job: Job | None, tokens_a_second: float) -> float:
 
 
 def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = read_bench(bench_file(tmp_path, agents=["random", "pathwise", "cma-es", "bayesian"]))
+    each = read_bench(bench_file(tmp_path, agents=["random", "pathwise", "cma-es", "evopress"]))
     now = [0.0]
     monkeypatch.setattr(bench_module.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
@@ -63,7 +63,7 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
     queue.take(0)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[1].endswith("pathwise, seed 0"), "nothing has been computed that could tell how long it takes"
-    assert lines[2].endswith("cell 4 of 4: bayesian, seed 0, 1:22 left in all")
+    assert lines[2].endswith("cell 4 of 4: evopress, seed 0, 1:22 left in all")
 
 
 def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, steps: list[int]) -> None:
