@@ -116,7 +116,7 @@ def _workers(
 def _write_table(bench: Bench, results: Sequence[CellResult], run: Tracker | None) -> BenchTable:
     """The table, and a picture of its searches, beside the bench file, and in its MLflow run where there is one."""
     spec = bench.spec
-    table = bench_table(spec.title, results, baselines=spec.baseline, development=spec.development)
+    table = bench_table(spec.title, results, baselines=spec.baseline)
     table = replace(table, header=_reservation(bench, results) + table.header)
     files = [bench.file.with_suffix(".md")]
     write_text(files[0], markdown(table))

@@ -45,10 +45,6 @@ class BenchFile(Strict):
         description="at how many token marks the incumbent is measured, at least 2; the last is the end",
     )
     plain: bool = Field(default=False, description="also measure what was found without any refit")
-    development: bool = Field(
-        default=False,
-        description="report on the windows behind the search split, to choose settings without the report text",
-    )
     dated: str = Field(
         default="",
         description="when an earlier version computed the results: they are shown, and nothing is checked or computed",
@@ -166,7 +162,4 @@ def _resolved(spec: BenchFile, changes: dict[str, Any], seed: int) -> RunConfig:
         config = RunConfig.model_validate(layered(spec.run, {**changes, "seed": seed}))
     except ValidationError as error:
         raise config_error(error, RunConfig) from None
-    if spec.development:
-        data = config.data.model_copy(update={"report": config.data.search})
-        config = config.model_copy(update={"data": data})
     return configured.with_options(configured.resolve_agent(config))

@@ -206,14 +206,11 @@ def _tokens_to(baseline: str) -> Column[BenchRow]:
     )
 
 
-def bench_table(
-    title: str, results: Sequence[CellResult], *, baselines: Sequence[str], development: bool = False
-) -> BenchTable:
+def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequence[str]) -> BenchTable:
     """Summarise cells by label.
 
     Args:
         baselines: labels whose final quality the tokens are counted to; those without results are left out.
-        development: the cells were measured on development windows in place of the report split.
     """
     groups: dict[str, list[CellResult]] = defaultdict(list)
     for result in results:
@@ -245,13 +242,13 @@ def bench_table(
             )
         )
     rows.sort(key=lambda row: (math.isnan(row.perplexity.value), row.perplexity.value))
-    header = _header(results, rows, "Development windows" if development else "Report split")
+    header = _header(results, rows)
     best, *others = (groups[row.label] for row in rows)
     ties = tuple(cells[0].label for cells in others if (found := _difference(cells, best)) and found.is_tie)
     return BenchTable(title, tuple(rows), header, tuple(goals), None if rule is None else rule.label, ties)
 
 
-def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str) -> str:
+def _header(results: Sequence[CellResult], rows: Sequence[BenchRow]) -> str:
     """How the numbers were measured."""
     targets = " and ".join(map(percent, sorted({result.target for result in results})))
     # prune.calibration = "none" is for rewards only: the report is measured after ridge then too
@@ -262,8 +259,8 @@ def _header(results: Sequence[CellResult], rows: Sequence[BenchRow], split: str)
     searches = {result.label for result in results if result.agent != "one-shot"}
     dense = [f"{perplexity_of(ends([result.dense_loss for result in results])):.2f}" for ends in (min, max)]
     said = (
-        f"{split} of {described(data['report'])}, {first.report_tokens:,} tokens in windows of {data['window']:,}, "
-        f"{_dtypes(results)}, after {refit}; dense perplexity {' to '.join(dict.fromkeys(dense))}; "
+        f"Report split of {described(data['report'])}, {first.report_tokens:,} tokens in windows of "
+        f"{data['window']:,}, {_dtypes(results)}, after {refit}; dense perplexity {' to '.join(dict.fromkeys(dense))}; "
         f"target sparsity {targets}{'; mean and standard error over seeds' * repeated}."
     )
     if any(row.difference or any(row.differences.values()) for row in rows):

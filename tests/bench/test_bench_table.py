@@ -193,7 +193,6 @@ def test_a_report_on_the_corpus_of_the_search_is_a_report_split() -> None:
     settings = {"data": DATA | {"search": DATA["report"]}}
     cells = [each.model_copy(update={"settings": settings}) for each in results()]
     assert bench_table("Bench", cells, baselines=[]).header.startswith("Report split of demo:wiki")
-    assert bench_table("Bench", cells, baselines=[], development=True).header.startswith("Development windows of")
 
 
 def test_all_dtypes_are_named() -> None:
