@@ -29,7 +29,7 @@ CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets, i
 REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults that earlier results hold
     "search": {"stop_hopeless": False, "stop_margin": 1.0},
     "schedule": {"ramp_share": 0.5},
-    "recover": {"seed": "auto"},
+    "recover": {"seed": "auto", "window": "auto"},
     "output": {"sequential": False},
     "agent.reinforce": {"length": 0.15},
     "agent.pathwise": {"step": 0.1, "smooth": 0.5, "length": 0.15, "average": 0.5},
@@ -311,9 +311,6 @@ class RecoverTable(PluginTable):
     tokens: Annotated[Positive, BeforeValidator(_count)] = Field(
         default=524288, description="tokens to learn from, all epochs together; also 500k or 1M"
     )
-    window: Literal["auto"] | Annotated[int, Field(ge=2)] = Field(
-        default="auto", description="auto (data.window) or tokens in one training window, at least 2"
-    )
     batch_tokens: Annotated[Positive, BeforeValidator(_count)] = Field(
         default=4096, description="tokens of one optimiser step, at least one window"
     )
@@ -483,10 +480,7 @@ class RunConfig(Strict):
                 "vanish",
                 hint='Set model.dtype = "bfloat16" or "float32".',
             )
-        window, name = (
-            (self.data.window, "data.window") if recover.window == "auto" else (recover.window, "recover.window")
-        )
-        _at_least("recover.batch_tokens", recover.batch_tokens, f"one window: {name}", window)
+        _at_least("recover.batch_tokens", recover.batch_tokens, "one window: data.window", self.data.window)
         _at_least("recover.tokens", recover.tokens, "one step: recover.batch_tokens", recover.batch_tokens)
         if not self.output.save_model:
             raise ConfigError(

@@ -199,8 +199,7 @@ class _Training:
         """Go on to the last step; Ctrl-C writes a checkpoint first."""
         short = RecoveryError(
             f"training ran out of memory on {self._device}",
-            hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint, "
-            "or start anew with a shorter recover.window and --overwrite.",
+            hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint.",
         )
         try:
             with raising_if_out_of_memory(short):

@@ -38,7 +38,7 @@ from ffgym.recover.folders import check_output, find_run_config, output_folder, 
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
-from ffgym.recover.text import RecoveryTexts, gather, training_window
+from ffgym.recover.text import RecoveryTexts, gather
 from ffgym.report.figures import default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import strict
 from ffgym.report.progress import Reporter
@@ -216,7 +216,7 @@ def _identity(
         **{key: getattr(config.recover, key) for key in DECIDES},
         "learning_rate": learning_rate(config.recover, method),
         "seed": config.seed,
-        "window": training_window(config),
+        "window": config.data.window,
         "dtype": loaded.dtype_name,
         "weights": weights_digest(source)[:DIGITS],
         "training text": texts.training.digest[:DIGITS],

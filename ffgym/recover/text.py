@@ -17,7 +17,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.data.corpora import Corpus, Role, load_text
 from ffgym.data.repeats import REPEATED_TOKENS, run_hashes
 from ffgym.data.splits import ROLES, Split, Splits, first_tokens, interleaved, windows_digest
-from ffgym.errors import DataError, RecoveryError
+from ffgym.errors import DataError
 from ffgym.models.loading import LoadedModel
 from ffgym.prepare.parts import cut_splits
 
@@ -66,11 +66,6 @@ class RecoveryTexts:
         )
 
 
-def training_window(config: RunConfig) -> int:
-    """Tokens in one training window."""
-    return config.data.window if config.recover.window == "auto" else int(config.recover.window)
-
-
 def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None) -> RecoveryTexts:
     """Cut the splits, and find text to train on that none of them reports or chooses on.
 
@@ -80,15 +75,8 @@ def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None)
     Raises:
         DataError: a corpus that is missing, too short, or holds text of the report split.
         ModelError: a tokenizer that is not the model's.
-        RecoveryError: windows that are longer than the model's context.
     """
-    table = config.recover
-    window = training_window(config)
-    if window > loaded.context_limit:
-        raise RecoveryError(
-            f"recover.window = {window} is longer than the model's context of {loaded.context_limit} tokens",
-            hint=f"Set recover.window to at most {loaded.context_limit}.",
-        )
+    table, window = config.recover, config.data.window
     splits = splits or cut_splits(config, loaded)
     text = training_text(
         table.corpus,
