@@ -10,12 +10,13 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.export.checkpoint import SavedModel, load_line
+from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import model_folder
 from ffgym.pipeline.folder import RESULT, is_finished, read_record
 from ffgym.pipeline.stored import read_table
 from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
-from ffgym.report.front import Front
+from ffgym.report.front import Front, front_as_dict
 from ffgym.report.table import ReportTable, perplexity_text
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
@@ -50,10 +51,16 @@ class RunResult:
         return self.table._repr_markdown_()
 
     def to_json(self) -> JSONDict:
-        """Numbers and paths, ready for ``json.dumps``."""
-        model = None if self.saved is None else self.saved.path
-        recovered = None if self.recovered is None else self.recovered.saved.path
-        return FinishedRun(self.folder, model, recovered, self.mlflow_run).to_json() | {
+        """Numbers and paths, ready for ``json.dumps``; the files in the folder may be another run's by now."""
+        return {
+            "table": self.table.layout().as_dicts(),
+            "measured": self.table.header,
+            "allocation": allocation_json(self.found),
+            "front": None if self.front is None else front_as_dict(self.front),
+            "folder": str(self.folder),
+            "model": None if self.saved is None else str(self.saved.path),
+            "recovered_model": None if self.recovered is None else str(self.recovered.saved.path),
+            "mlflow_run": self.mlflow_run,
             "search_tokens": self.found.search_tokens,
             "final_tokens": self.found.final_tokens,
             "search_seconds": round(self.found.seconds, 1),

@@ -186,6 +186,7 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     again, _ = go(ranged(tmp_path, prune={"front_points": 2}, output={"save_model": False, "overwrite": True}))
     assert not list(again.folder.glob("model*")), "--overwrite cleared what the first run wrote, and nothing was saved"
     assert not (again.folder / "allocation-0.30.json").exists()
+    assert result.to_json() == then, "a result tells of its own run, whatever was written into the folder since"
 
 
 # interrupted
