@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from ffgym.errors import PluginError, first_line, is_out_of_memory
@@ -96,16 +97,17 @@ class PrunableModel:
         return sum(half.new_bias_params(stock=stock) for half in self.halves)
 
     @own_modes()
-    def cut(self, kept: Sequence[int], *, calibrated: bool = True) -> None:
+    def cut(self, kept: Sequence[int] | np.ndarray, *, calibrated: bool = True) -> None:
         """Cut every sublayer to its first ``kept`` units.
 
         Args:
             kept: units per sublayer, length 2L.
             calibrated: use refitted consumers where a path is there, not plain removal.
         """
+        kept = tuple(map(int, kept))  # a checkpoint's configuration takes no integers of numpy
         for half, units in zip(self.halves, kept, strict=True):
             half.cut(units, calibrated=calibrated)
-        self.kept = tuple(kept)
+        self.kept = kept
 
     def restore(self) -> None:
         """Put the dense model back, bit for bit."""

@@ -7,6 +7,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
@@ -391,6 +392,15 @@ class TestOnDisk:
 
     def test_servers_find_what_they_multiply_logits_by(self, saved):
         assert load(saved, "granite-gqa-emptied").config.logit_scale == 1 / 2.0
+
+    def test_what_an_environment_kept_can_be_saved(self, make_env, tmp_path):
+        env = make_env(sparsity=0.3)
+        env.reset(seed=0)
+        *_, info = env.step(np.ones(env.action_space.shape, np.float32))
+        env.prunable.cut(info["kept"])
+        save_pruned(env.prunable, None, tmp_path / "m")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").eval()
+        assert torch.equal(model(IDS).logits, env.prunable.model(IDS).logits)
 
     def test_exporting_leaves_the_model_as_it_was(self):
         prunable = pruned("llama", EMPTIED)
