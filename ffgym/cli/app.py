@@ -100,6 +100,7 @@ def main() -> None:
     """Run the console script ``ffgym``."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # tables hold what ASCII lacks; stderr replaces it by itself
+    os.environ["MPLBACKEND"] = "agg"  # notebooks name a backend to all they start, which may not be installed here
     try:
         with interruptible():
             app(prog_name="ffgym")

@@ -397,5 +397,5 @@ def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterat
             reporter("no episode has ended, so nothing is kept of this run")
             raise
         reporter(f"continue where it stopped: {resume_command(folder)}")
-        stop.add_note(f"continue where it stopped: ffgym.run(config, resume={str(folder)!r})")
+        stop.add_note(f"in Python, continue where it stopped: ffgym.run(config, resume={str(folder)!r})")
         raise

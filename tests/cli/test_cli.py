@@ -346,6 +346,16 @@ def test_what_a_terminal_cannot_show_is_replaced(runner: list[RunConfig], monkey
     assert shown.getvalue() == b"the table: 34.00 ? 0.10\n"
 
 
+def test_pictures_need_no_backend_of_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPLBACKEND", "nowhere")  # as Jupyter does for all that a cell starts, with a name of its own
+    monkeypatch.setattr(sys, "argv", ["ffgym", "--version"])
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    signal.signal(signal.SIGINT, before)
+    subprocess.run([sys.executable, "-c", "import matplotlib.style"], check=True)
+
+
 def test_a_refresh_writes_nowhere_else(tmp_path: Path) -> None:
     done = call("export", str(tmp_path), "--refresh", "--output", "elsewhere")
     assert done.exit_code == 2

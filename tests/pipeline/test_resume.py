@@ -77,7 +77,8 @@ def test_it_ends_with_the_numbers_of_an_uninterrupted_run_and_measures_nothing_t
     steps[0] = after
     with pytest.raises(KeyboardInterrupt) as stop:
         go(config(tmp_path))
-    assert stop.value.__notes__ == [f"continue where it stopped: ffgym.run(config, resume={str(tmp_path / 'out')!r})"]
+    again = f"ffgym.run(config, resume={str(tmp_path / 'out')!r})"
+    assert stop.value.__notes__ == [f"in Python, continue where it stopped: {again}"]
     steps[0] = 10**6
     result, said = go(config(tmp_path), resume=tmp_path / "out")
     assert len(steps) - 1 == 2 * EPISODES
