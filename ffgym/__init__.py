@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ffgym.measure.metrics import Metric
     from ffgym.models.families import Family, Stock
     from ffgym.pipeline.pipeline import run
+    from ffgym.pipeline.result import FinishedRun, RunResult
     from ffgym.prepare.calibrations import Calibration, Consumer
     from ffgym.pruning.calibration import ConsumerPath
     from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
@@ -40,6 +41,7 @@ __all__ = [
     "Exported",
     "FFGymError",
     "Family",
+    "FinishedRun",
     "Heuristic",
     "LayerStats",
     "Metric",
@@ -48,6 +50,7 @@ __all__ = [
     "Resource",
     "Reward",
     "RunConfig",
+    "RunResult",
     "Stock",
     "Sublayer",
     "SublayerView",
@@ -70,20 +73,24 @@ _LATE = {
     "ExportFormat": "ffgym.export.format",
     "Exported": "ffgym.export.format",
     "Family": "ffgym.models.families",
+    "FinishedRun": "ffgym.pipeline.result",
     "RunConfig": "ffgym.config.tables",
+    "RunResult": "ffgym.pipeline.result",
     "Stock": "ffgym.models.families",
     "load_config": "ffgym.config.toml",
     "run": "ffgym.pipeline.pipeline",
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is heavy only when somebody asks for it (PEP 562)."""
-    if name in _LATE:
-        import importlib
+if not TYPE_CHECKING:  # a type checker would let every misspelt name pass
 
-        return getattr(importlib.import_module(_LATE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import what is heavy only when somebody asks for it (PEP 562)."""
+        if name in _LATE:
+            import importlib
+
+            return getattr(importlib.import_module(_LATE[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

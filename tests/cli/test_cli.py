@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import io
 import json
@@ -152,6 +153,16 @@ def test_every_public_name_is_there() -> None:
     assert {*ffgym.__all__} <= {*dir(ffgym)}, "completion offers them"
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         ffgym.nothing_of_that_name  # noqa: B018
+
+
+def test_type_checkers_know_the_public_names_and_no_others() -> None:
+    source = ast.parse(Path(ffgym.__file__).read_text("utf-8"))
+    imports = [node for node in ast.walk(source) if isinstance(node, ast.ImportFrom)]
+    known = {alias.name: node.module for node in imports for alias in node.names}
+    assert {*ffgym.__all__} <= {*known}
+    assert {name: known[name] for name in ffgym._LATE} == ffgym._LATE
+    functions = [node.name for node in source.body if isinstance(node, ast.FunctionDef)]
+    assert "__getattr__" not in functions, "each misspelt name would be one that it may answer to"
 
 
 # help and usage
