@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 import shlex
@@ -31,15 +32,18 @@ CONFIGURATION = FileFormat(
 )
 
 
-def load_config(path: str | Path | None = None, overrides: str | Sequence[str] = (), **values: Any) -> RunConfig:
+def load_config(
+    path: str | Path | RunConfig | None = None, overrides: str | Sequence[str] = (), **values: Any
+) -> RunConfig:
     """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
 
     Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
 
     Args:
-        path: a TOML file, or ``None``.
+        path: a TOML file, another configuration in its place, or ``None``.
         overrides: one or several ``"table.key=value"``; the value is a TOML literal, or else taken as a string.
-        **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given.
+        **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given. Paths and
+            numbers of NumPy are taken, too.
 
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
@@ -51,7 +55,10 @@ def load_config(path: str | Path | None = None, overrides: str | Sequence[str] =
         )
     overrides = [overrides] if isinstance(overrides, str) else overrides
     command_line = _merged(parsed_overrides(overrides), given_values(values, RunConfig))
-    file = read_toml(Path(path).expanduser()) if path is not None else {}
+    if isinstance(path, RunConfig):
+        file = path.model_dump()
+    else:
+        file = read_toml(Path(path).expanduser()) if path is not None else {}
     if file.keys() >= {"agents", "seeds"}:
         raise ConfigError(
             f"{path} is a bench file: it names agents and seeds",
@@ -192,13 +199,20 @@ def _parse_literal(text: str) -> Any:
 
 
 def given_values(values: Mapping[str, Any], table: type[BaseModel]) -> JSONDict:
-    """Drop ``None``, which the caller did not give, unless the table has no such key: that shall be refused."""
+    """What the caller gave, as plain data.
+
+    ``None`` was not given, and is dropped unless the table has no such key: that shall be refused.
+    """
     given: JSONDict = {}
     for key, value in values.items():
         is_known = key in table.model_fields or issubclass(table, PluginTable)
         if isinstance(value, Mapping):
             is_table = is_known and table is RunConfig and key != "seed"
             value = given_values(value, table_model(key) if is_table else PluginTable)
+        elif isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        elif hasattr(value, "tolist"):  # a number or an array of NumPy
+            value = value.tolist()
         if not is_known or (value is not None and value != {}):
             given[key] = value
     return given

@@ -65,7 +65,7 @@ def run(
 
     Args:
         config: everything that decides the run.
-        progress: where progress goes; stderr where left out.
+        progress: where progress goes; stderr, or the cell of a notebook, where left out.
         resume: folder of an interrupted run of this configuration to go on with, in the same MLflow run; it ends with
             the numbers that it would have ended with uninterrupted.
 
@@ -81,6 +81,11 @@ def run(
         raise ConfigError(
             f"run takes a RunConfig, and got {type(config).__name__}",
             hint="Pass load_config(PATH), or load_config(**tables).",
+        )
+    if not isinstance(progress, Console | None):
+        raise ConfigError(
+            f"progress takes a rich.console.Console, and got {type(progress).__name__}",
+            hint="Leave it out, or pass Console(quiet=True) to hear nothing.",
         )
     reporter = Reporter(progress)
     config = settle(config)

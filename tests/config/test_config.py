@@ -6,6 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -343,6 +344,32 @@ def test_tokens_can_be_written_short(text: str, tokens: int) -> None:
 def test_the_points_of_the_front(tables: dict[str, dict[str, object]], targets: tuple[float, ...], main: float) -> None:
     config = load_config(**tables)
     assert (config.targets, config.main_target) == (targets, main)
+
+
+def test_paths_and_numbers_of_numpy_are_values(tmp_path: Path) -> None:
+    config = load_config(
+        seed=np.int64(3),
+        model={"name": tmp_path / "model"},
+        search={"episodes": np.int64(16), "random_baseline": np.bool_(False), "init_from": tmp_path},
+        prune={"sparsity": np.float32(0.25)},
+        criterion={"name": "mine", "rate": np.float64(0.5)},
+    )
+    assert (config.model.name, config.search.init_from) == (str(tmp_path / "model"), str(tmp_path))
+    assert (config.seed, config.search.episodes, config.search.random_baseline) == (3, 16, False)
+    assert (config.prune.sparsity, config.criterion.options) == (0.25, {"rate": 0.5})
+    assert load_config(write(tmp_path, to_toml(config))) == config, "plain data all of it"
+    with pytest.raises(ConfigError, match=r"prune\.sparsity = \[0\.1, 0\.5\]"):
+        load_config(prune={"sparsity": np.array([0.1, 0.5])})
+
+
+def test_a_configuration_in_place_of_a_file_is_changed_as_one() -> None:
+    tables = {"data": {"search": ["demo:c4", "2*demo:wiki"]}, "agent": {"name": "reinforce", "lr": 0.1}}
+    config = load_config(**tables, prune={"sparsity": "0.1:0.5", "ridge": 0.1})
+    assert load_config(config) == config
+    assert load_config(config, seed=1, prune={"sparsity": 0.3}) == load_config(
+        **tables, prune={"sparsity": 0.3, "ridge": 0.1}, seed=1
+    )
+    assert load_config(config, agent={"name": "random"}).agent.options == {}
 
 
 def test_a_bench_file_is_refused_as_such(tmp_path: Path) -> None:

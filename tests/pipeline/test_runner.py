@@ -694,6 +694,12 @@ def test_what_is_no_configuration_is_refused_with_what_to_pass(config: Any) -> N
         pipeline.run(config)
 
 
+@pytest.mark.parametrize("progress", [True, False, sys.stderr])
+def test_progress_that_is_no_console_is_refused_with_what_to_pass(tmp_path: Path, progress: Any) -> None:
+    with pytest.raises(ConfigError, match=r"takes a rich\.console\.Console, and got .*\n.*Console\(quiet=True\)"):
+        pipeline.run(glass_config(tmp_path), progress=progress)
+
+
 @pytest.mark.parametrize(("table", "key"), [("data", "report"), ("model", "name")])
 def test_a_missing_text_or_model_is_refused_before_anything_is_made(tmp_path: Path, table: str, key: str) -> None:
     with pytest.raises((DataError, ModelError), match=r"nothing' does not exist"):
