@@ -28,6 +28,8 @@ class RunResult:
 
     Attributes:
         table: report-split figures, dense first.
+        found: the search, and the allocation that it chose.
+        folder: where results and pictures are.
         saved: the checkpoint, or ``None`` where none was wanted.
         recovered: what training after the final calibration brought, or ``None`` where none was wanted.
         mlflow_run: MLflow's run id, or ``None`` where tracking is off.
@@ -48,7 +50,8 @@ class RunResult:
         return f"<RunResult in {self.folder}: perplexity of {figures}>"
 
     def _repr_markdown_(self) -> str:
-        return self.table._repr_markdown_()
+        front = "" if self.front is None else f"{self.front._repr_markdown_()}\n"
+        return front + self.table._repr_markdown_()
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps``; the files in the folder may be another run's by now."""
@@ -85,24 +88,36 @@ class RunResult:
                 "Load the trained model with",
                 f"  {load_line(self.recovered.saved.path)}",
             ]
-        _print(console, self, self.table, load)
+        _print(console, self, load)
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """Returned when a resumed run was already finished: where its results are."""
+    """Returned when a resumed run was already finished: where its results are.
+
+    Attributes:
+        model: folder of the saved model, or ``None`` where there is none.
+        recovered_model: folder of the model that was trained afterwards, or ``None`` where there is none.
+        mlflow_run: MLflow's run id, or ``None`` where there is none.
+    """
 
     folder: Path
     model: Path | None
     recovered_model: Path | None
     mlflow_run: str | None
 
+    @property
+    def table(self) -> ReportTable:
+        """Report-split figures, dense first, as the folder has them."""
+        return read_table(self.folder)
+
     def _repr_markdown_(self) -> str:
-        return read_table(self.folder)._repr_markdown_()
+        front = self.folder / "front.md"
+        return (f"{front.read_text(encoding='utf-8')}\n" if front.is_file() else "") + self.table._repr_markdown_()
 
     def to_json(self) -> JSONDict:
         """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
-        front, table = self.folder / "front.json", read_table(self.folder)
+        front, table = self.folder / "front.json", self.table
         return {
             "table": table.layout().as_dicts(),
             "measured": table.header,
@@ -124,10 +139,11 @@ class FinishedRun:
         for model in (self.model, self.recovered_model):
             if model is not None:
                 load += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]
-        _print(console, self, read_table(self.folder), load)
+        _print(console, self, load)
 
 
-def _print(console: Console, result: RunResult | FinishedRun, table: ReportTable, load: Sequence[str]) -> None:
+def _print(console: Console, result: RunResult | FinishedRun, load: Sequence[str]) -> None:
+    table = result.table
     console.print(table.layout())
     if table.warning is not None:
         console.print(f"Warning: {table.warning}", style="bold red", highlight=False, markup=False)

@@ -63,6 +63,9 @@ class Front:
     final_tokens: int
     seconds: float
 
+    def _repr_markdown_(self) -> str:
+        return self.layout().markdown()
+
     @property
     def labels(self) -> list[str]:
         """Found first, then the rules."""

@@ -180,6 +180,9 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     now, then = finished.to_json(), result.to_json()
     assert now == {key: then[key] for key in now}
     assert now["measured"]
+    front, table = ((result.folder / name).read_text() for name in ("front.md", "report.md"))
+    shown_in_a_notebook = [result.front._repr_markdown_(), result._repr_markdown_(), finished._repr_markdown_()]
+    assert shown_in_a_notebook == [front, f"{front}\n{table}", f"{front}\n{table}"]
     finished.print(Console(file=(shown := io.StringIO())))
     assert "One policy for all points" in " ".join(shown.getvalue().split())
     assert not (result.folder / "model").exists()

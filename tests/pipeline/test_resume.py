@@ -175,6 +175,7 @@ def test_a_finished_run_says_so_and_nothing_is_done(tmp_path: Path, monkeypatch:
     now, then = result.to_json(), whole.to_json()
     assert now == {key: then[key] for key in now}
     assert now.keys() >= {"table", "allocation", "folder", "model", "mlflow_run"}
+    assert result.table == whole.table
     assert result._repr_markdown_() == (whole.folder / "report.md").read_text(), "what a notebook shows"
 
 
