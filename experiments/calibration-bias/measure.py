@@ -64,6 +64,7 @@ class Experiment(Strict):
         seeds: of the recoveries that are trained.
         allocations: label -> JSON file with ``kept`` or ``final.kept``, relative to the file, or a heuristic's name.
         run: tables of ``RunConfig``.
+        dated: when earlier code computed the results: they are shown, and nothing is computed.
         lora, distil_mlp: how the two are trained; keys of ``[recover]``.
     """
 
@@ -72,6 +73,7 @@ class Experiment(Strict):
     seeds: list[int] = Field(min_length=2)
     allocations: dict[str, str] = Field(min_length=2)
     run: dict[str, Any] = Field(default_factory=dict)
+    dated: str = ""
     lora: RecoverTable
     distil_mlp: RecoverTable = Field(alias="distil-mlp")
 
@@ -339,9 +341,10 @@ def markdown(spec: Experiment, results: Sequence[CellResult]) -> str:
     lines = [
         f"# {spec.title}",
         "",
-        f"Report split, {tokens:,} tokens, {first.dtype}; dense perplexity {math.exp(losses.dense.mean()):.2f}. Every "
-        "recovery starts at plain removal and sees the calibration split. ± one standard error over report windows, of "
-        "differences on the same window; in brackets over training seeds.",
+        (f"Computed {spec.dated} by an earlier version. " if spec.dated else "")
+        + f"Report split, {tokens:,} tokens, {first.dtype}; dense perplexity {math.exp(losses.dense.mean()):.2f}. "
+        "Every recovery starts at plain removal and sees the calibration split. ± one standard error over report "
+        "windows, of differences on the same window; in brackets over training seeds.",
         "",
         "Sparsity: " + ", ".join(f"{label} {sparsity:.2%}" for label, sparsity in sparsities.items()) + ".",
         "",
@@ -449,7 +452,7 @@ def measure(file: Path, *, only_report: bool = False, reporter: Reporter | None 
     spec, config = read_experiment(file)
     folder = file.parent / spec.results
     kept = {label: read_kept(file.parent / name) for label, name in spec.allocations.items() if name.endswith(".json")}
-    if not only_report:
+    if not only_report and not spec.dated:
         for table in spec.trained.values():
             check_method(table, config.model.name)
         with tempfile.TemporaryDirectory() as scratch:

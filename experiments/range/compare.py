@@ -36,6 +36,7 @@ from ffgym.pipeline.search import tracked_search
 from ffgym.pipeline.task import give_prior, on_report, open_task, with_config
 from ffgym.prepare import configured
 from ffgym.report.figures import new_figure, save_figure, tidy
+from ffgym.report.paired import Difference, margin
 from ffgym.report.progress import Reporter
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import JSONDict
@@ -54,6 +55,7 @@ class Experiment(Strict):
         seeds: of all searches.
         episodes: of the search over the range.
         separate: of each separate search; one group of searches a length.
+        dated: when earlier code computed the results: they are shown, and nothing is checked or computed.
         run: tables of ``RunConfig`` that all searches share.
     """
 
@@ -63,6 +65,7 @@ class Experiment(Strict):
     seeds: list[int] = Field(min_length=1)
     episodes: int = Field(ge=1)
     separate: list[int] = Field(min_length=1)
+    dated: str = ""
     run: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -130,8 +133,8 @@ def _config(spec: Experiment, seed: int, sparsity: float | str, episodes: int) -
 RESULT = FileFormat("result", Result, DataError, "Delete it to compute it again.")
 
 
-def read_result(search: Search) -> Result | None:
-    """Its result; ``None`` where there is none yet.
+def read_result(search: Search, dated: str) -> Result | None:
+    """Its result; ``None`` where there is none yet. The settings of a dated one are not checked.
 
     Raises:
         DataError: not a result.
@@ -140,7 +143,7 @@ def read_result(search: Search) -> Result | None:
     if not search.path.exists():
         return None
     result = RESULT.read(search.path)
-    if changed := configured.changed_since(result.settings, search.config):
+    if not dated and (changed := configured.changed_since(result.settings, search.config)):
         raise ConfigError(
             f"{search.path} holds the result of another configuration: {'; '.join(changed)}",
             hint="Point `results` at another folder, or delete that file to compute it again.",
@@ -211,14 +214,13 @@ class Losses:
         """By how much this group's loss is above the one policy's at a target, nats per token, seed by seed."""
         return mean_of([self._gap(group, target, seed) for seed in self.seeds])
 
-    def behind(self, group: str) -> tuple[float, float | None]:
-        """By how much this group's loss is above the one policy's, nats per token: mean over targets, and its error.
+    def behind(self, group: str) -> Difference:
+        """By how much this group's loss is above the one policy's, nats per token: mean over targets.
 
-        The standard error is over seeds, of the means over targets; ``None`` for one seed.
+        Its 95 % interval is over seeds, of the means over targets.
         """
-        means = [np.mean([self._gap(group, target, seed) for target in self.targets]) for seed in self.seeds]
-        error = float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
-        return float(np.mean(means)), error
+        means = [float(np.mean([self._gap(group, target, seed) for target in self.targets])) for seed in self.seeds]
+        return Difference(float(np.mean(means)), margin(means))
 
     def _gap(self, group: str, target: float, seed: int) -> float:
         return self._of[group, target, seed] - self._of[ONE, target, seed]
@@ -235,8 +237,9 @@ def markdown(spec: Experiment, results: Sequence[Result]) -> str:
     lines = [
         f"# {spec.title}: one policy for all, or a search for each",
         "",
-        f"Report split, {first.report_tokens:,} tokens, {first.dtype}, after the same ridge; dense perplexity "
-        f"{dense:.2f}; {over(losses)}.",
+        (f"Computed {spec.dated} by an earlier version, with the settings in the result files. " if spec.dated else "")
+        + f"Report split, {first.report_tokens:,} tokens, {first.dtype}, after the same ridge; dense perplexity "
+        f"{dense:.2f}; perplexities: {over(losses)}.",
         "",
         "| target | " + " | ".join(losses.groups) + " |",
         "|---:|" + "---:|" * len(losses.groups),
@@ -258,20 +261,19 @@ def over(losses: Losses) -> str:
 
 
 def verdicts(losses: Losses) -> list[str]:
-    """How each group compares with the one policy in quality and in tokens; two standard errors count as clear."""
+    """How each group compares with the one policy in quality and in tokens."""
     sentences = []
     for group in losses.groups:
         if group == ONE:
             continue
-        behind, error = losses.behind(group)
-        clear = error is None or abs(behind) > 2 * error
-        quality = ("worse" if behind > 0 else "better") if clear else "not clearly different"
-        spread = "" if error is None else f" ± {error:.4f}"
-        caveat = " (one seed, which says little about others)" if error is None else ""
+        behind, several = losses.behind(group), len(losses.seeds) > 1
+        quality = "not clearly different" if behind.is_tie else "worse" if behind.mean > 0 else "better"
+        spread = f" ± {behind.margin:.4f}" if several else ""
+        caveat = "half of the 95 % interval over seeds" if several else "one seed, which says little about others"
         ratio = losses.tokens(group) / losses.tokens(ONE)
         sentences.append(
             f"Searches of their own ({group}) take {ratio:.1f} times the tokens of one policy and end {quality}: "
-            f"{behind:+.4f}{spread} nats per token, mean over targets{caveat}."
+            f"{behind.mean:+.4f}{spread} nats per token, mean over targets ({caveat})."
         )
     return sentences
 
@@ -307,10 +309,10 @@ def _line(axes: Any, targets: Sequence[float], means: Sequence[Mean], colour: st
 def compare(file: Path, *, only_report: bool = False, reporter: Reporter | None = None) -> str:
     """The whole experiment; the Markdown that was written beside the file, with the picture."""
     spec, searches = read_experiment(file)
-    missing = [search for search in searches if read_result(search) is None]
-    if missing and not only_report:
+    missing = [search for search in searches if read_result(search, spec.dated) is None]
+    if missing and not only_report and not spec.dated:
         compute(missing, reporter or Reporter(Console(stderr=True)))
-    results = [result for search in searches if (result := read_result(search)) is not None]
+    results = [result for search in searches if (result := read_result(search, spec.dated)) is not None]
     if not results or not Losses(results).seeds:
         raise DataError(f"no seed of {file} is complete yet", hint="Run without --report.")
     text = markdown(spec, results)

@@ -107,6 +107,7 @@ class Analysis:
     winners: tuple[Winners, ...]
     winner_rows: tuple[Row, ...]
     answers: tuple[str, ...]
+    dated: str = ""
 
     def write(self, path: Path) -> None:
         """As JSON."""
@@ -338,7 +339,8 @@ def markdown(found: Analysis) -> str:
         "",
         *(f"* {answer}" for answer in found.answers),
         "",
-        f"Accuracy is the mean over tasks on questions that no search has seen ({counts}); dense "
+        (f"Computed {found.dated} by an earlier version. " if found.dated else "")
+        + f"Accuracy is the mean over tasks on questions that no search has seen ({counts}); dense "
         f"{100 * found.dense_accuracy:.1f} %. One candidate's accuracy has a standard error of "
         f"{100 * found.standard_error:.1f} points; the difference of two on the same questions one of "
         f"{100 * found.paired_error:.1f} points. {found.tokens:,} tokens a candidate. Intervals are 95 % bootstrap.",

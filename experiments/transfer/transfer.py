@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Settings(Strict):
         rewards: what searches are run with, by label: tables as ``[reward]``.
         judges: rewards that are only correlated with accuracy.
         run: tables of ``RunConfig`` that all searches share.
+        dated: when earlier code computed the results: they are shown, and nothing is checked or computed.
     """
 
     title: str
@@ -81,11 +82,12 @@ class Settings(Strict):
     rewards: dict[str, dict[str, Any]] = Field(min_length=1)
     judges: dict[str, dict[str, Any]] = Field(default_factory=dict)
     run: dict[str, Any] = Field(default_factory=dict)
+    dated: str = ""
 
     @property
     def digest(self) -> str:
         """Of all that decides the numbers."""
-        content = self.model_dump(exclude={"title", "results"})
+        content = self.model_dump(exclude={"title", "results", "dated"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def config(self, reward: str, seed: int) -> RunConfig:
@@ -282,8 +284,11 @@ def candidates(bench: Bench, folder: Path) -> list[Candidate]:
     return chosen
 
 
-def read_rows(path: Path, digest: str) -> list[dict[str, Any]]:
+def read_rows(path: Path, digest: str | None) -> list[dict[str, Any]]:
     """Lines measured so far; a last line that was cut off by a crash is left out.
+
+    Args:
+        digest: of the settings that they have to be of; ``None`` takes any.
 
     Raises:
         DataError: lines of other settings.
@@ -295,7 +300,7 @@ def read_rows(path: Path, digest: str) -> list[dict[str, Any]]:
         path.write_text("".join(lines[:-1]), encoding="utf-8")
         lines.pop()
     rows = [json.loads(line) for line in lines]
-    for row in rows:
+    for row in rows if digest else ():
         _same_settings(row, digest, path)
     return rows
 
@@ -325,8 +330,8 @@ def run(file: Path, *, only_report: bool = False, progress: Console | None = Non
     settings = read_settings(file)
     folder = file.parent / settings.results
     lines = folder / "candidates.jsonl"
-    rows = read_rows(lines, settings.digest)
-    if not only_report:
+    rows = read_rows(lines, None if settings.dated else settings.digest)
+    if not only_report and not settings.dated:
         bench = Bench(settings, reporter)
         folder.mkdir(parents=True, exist_ok=True)
         wanted = candidates(bench, folder)
@@ -341,7 +346,7 @@ def run(file: Path, *, only_report: bool = False, progress: Console | None = Non
                 stage.advance(1, candidate.label)
     if sum(row["source"] != "dense" for row in rows) < 3:
         raise DataError(f"{lines} holds fewer than 3 candidates", hint="Run without --report to measure them.")
-    result = analyse(rows, settings.title)
+    result = replace(analyse(rows, settings.title), dated=settings.dated)
     result.write(file.with_suffix(".json"))
     file.with_suffix(".md").write_text(markdown(result), encoding="utf-8")
     figure(result, rows, file.with_suffix(".png"))

@@ -73,7 +73,7 @@ def test_every_cell_is_computed_once_and_the_tables_are_written(
 ) -> None:
     text = script.measure(home / "bias.toml", reporter=quiet())
     results = {path.name for path in (home / "results").iterdir()}
-    assert len(results) == 3 * (3 + 2 * 2)
+    assert len(results) == 3 * (2 + 2 * 2)
     assert "with ridge -- lora -- seed1.json" in results
     assert (home / "bias.md").read_text() == text
     assert (home / "bias.png").read_bytes().startswith(b"\x89PNG")

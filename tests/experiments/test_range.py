@@ -105,12 +105,17 @@ def test_differences_are_paired_by_seed_and_averaged_over_targets(script: Module
     losses = script.Losses(results)
     assert losses.seeds == [0, 1]
     assert losses.tokens("own") == 400
-    mean, error = losses.behind("own")
-    assert mean == pytest.approx((0.2 + 0.1) / 2)
-    assert error == pytest.approx(0.05)
+    behind = losses.behind("own")
+    assert behind.mean == pytest.approx((0.2 + 0.1) / 2)
+    assert behind.margin == pytest.approx(0.05 * 12.706, rel=1e-4), "Student's t of two seeds"
     assert losses.perplexity(script.ONE, 0.2).value == pytest.approx((math.exp(3.1) + math.exp(3.3)) / 2)
     (sentence,) = script.verdicts(losses)
     assert "take 4.0 times the tokens" in sentence
-    assert "worse: +0.1500 ± 0.0500" in sentence
+    assert "not clearly different: +0.1500 ± 0.6353" in sentence
     (alone,) = script.verdicts(script.Losses([each for each in results if each.seed == 0]))
-    assert "worse: +0.2000 nats per token, mean over targets (one seed" in alone
+    assert "not clearly different: +0.2000 nats per token, mean over targets (one seed" in alone
+    close = [each for each in results if (each.group, each.seed) == (script.ONE, 0)]
+    close += [result(script, script.ONE, 1, {0.2: 3.1, 0.4: 3.5}, 100)]
+    close += [result(script, "own", seed, {0.2: 3.2 + seed / 500, 0.4: 3.8}, 200) for seed in (0, 1)]
+    (sentence,) = script.verdicts(script.Losses(close))
+    assert "end worse: +0.2005 ± 0.0064" in sentence
