@@ -189,6 +189,22 @@ def require_writable(root: Path) -> None:
     try_to_write(root)
 
 
+def make_tables(root: Path) -> None:
+    """Make the tables of a new database in a file of its own, and put that in its place once it is whole.
+
+    MLflow's migrations are no single transaction: a database whose process was killed between two can never be opened.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if database(root).stat().st_size:
+        return
+    new = database(root).with_name("mlflow.new.db")
+    new.unlink(missing_ok=True)  # what a killed process left
+    new.touch()
+    SqlAlchemyStore(f"sqlite:///{new}", str(artifacts(root))).engine.dispose()
+    new.replace(database(root))
+
+
 def try_to_write(root: Path) -> None:
     """Try to write the database before MLflow does, which would retry for a minute and print warnings.
 

@@ -32,6 +32,7 @@ from ffgym.tracking.store import (
     artifacts,
     client_of,
     import_store,
+    make_tables,
     own_uri,
     require_writable,
     tracking_uri,
@@ -250,6 +251,8 @@ class Tracker:
                 # Processes that make one database at once would each stumble over tables of the other.
                 opening.enter_context(self._alone())
             with uninterrupted(self._uri):
+                if self._is_own:
+                    make_tables(self._root)
                 self._client = client_of(self._uri)
                 if self._is_own:
                     adopt(self._root)

@@ -321,6 +321,35 @@ def test_runs_that_start_at_once_make_a_store_together_without_a_word(tmp_path, 
     assert [len(run.inputs.dataset_inputs) for run in runs] == [20] * 2
 
 
+KILLED_MAKING_TABLES = """
+import os, signal, sys
+from pathlib import Path
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+from ffgym.tracking.tracker import Tracker
+
+steps = []
+
+@event.listens_for(Engine, "before_cursor_execute")
+def kill(connection, cursor, statement, *_):
+    steps.extend([statement] * statement.startswith("UPDATE alembic_version"))
+    if len(steps) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Tracker(Path(sys.argv[1]), "ffgym", "killed").__enter__()
+"""
+
+
+def test_a_run_starts_where_another_was_killed_as_it_made_the_store(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    killed = subprocess.run([sys.executable, "-c", KILLED_MAKING_TABLES, tmp_path / "new"], cwd=tmp_path, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    with Tracker(tmp_path / "new", "ffgym", "next") as tracker:
+        pass
+    assert run_of(tmp_path / "new", tracker).info.status == "FINISHED"
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db", "mlflow.lock"]
+
+
 def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch):
     with Tracker(root, "ffgym", "first") as first:
         pass
