@@ -15,6 +15,7 @@ from pathlib import Path
 from ffgym.bench.cell import CELL_RESULT
 from ffgym.bench.file import read_bench
 from ffgym.bench.table import CellResult, curves, mean_of
+from ffgym.errors import FFGymError
 from ffgym.types import perplexity_of
 
 
@@ -40,4 +41,7 @@ def table(file: Path) -> str:
 
 
 if __name__ == "__main__":
-    print("\n\n".join(table(Path(file)) for file in sys.argv[1:]))
+    try:
+        print("\n\n".join(table(Path(file)) for file in sys.argv[1:]))
+    except FFGymError as error:
+        sys.exit(f"error: {error}")

@@ -78,12 +78,21 @@ def numbers(folder: Path) -> dict[str, Any]:
 # what comes out
 
 
-def test_another_report_text_is_measured_as_the_bench_measures_its_own(finished: tuple[Path, BenchTable, str]) -> None:
+def test_another_report_text_is_measured_as_the_bench_measures_its_own(
+    finished: tuple[Path, BenchTable, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, table, _ = finished
     script = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "bench" / "second_text.py"))
-    again = script["measured"](file, read_bench(file).cells[0].config.data.report, Reporter(Console(quiet=True)))
-    assert again == replace(table, files=())
-    assert "| tokens |" not in script["shown"](again)
+    text, output = str(read_bench(file).cells[0].config.data.report), tmp_path / "again.md"
+    assert script["main"]([text, str(file), "--output", str(output)]) == 0
+    assert output.read_text() == script["shown"](replace(table, files=())) + "\n"
+    assert "| tokens |" not in output.read_text()
+    losses = json.loads(output.with_suffix(".json").read_text())[file.stem]
+    own = {name: result["final"]["losses"] for name, result in numbers(file.parent / file.stem).items()}
+    assert losses == {name: pytest.approx(each, abs=1e-6) for name, each in own.items()}
+
+    assert script["main"]([text, str(tmp_path / "none.toml"), "--output", str(output)]) == 1
+    assert "none.toml" in capsys.readouterr().err
 
 
 def test_one_small_file_per_agent_and_seed_and_heuristics_run_once(finished: Any) -> None:
