@@ -300,8 +300,9 @@ def read_rows(path: Path, digest: str | None) -> list[dict[str, Any]]:
         path.write_text("".join(lines[:-1]), encoding="utf-8")
         lines.pop()
     rows = [json.loads(line) for line in lines]
-    for row in rows if digest else ():
-        _same_settings(row, digest, path)
+    if digest is not None:
+        for row in rows:
+            _same_settings(row, digest, path)
     return rows
 
 
