@@ -164,6 +164,8 @@ def refuse_what_would_be_lost(path: Path, *, any_family: bool) -> int:
             family_of_type(GGUF_NAMES.get(architecture, architecture))
         except ModelError as error:
             raise ModelError(f"{str(path)!r}: {error.message}", hint=error.hint) from None
+    if not tensors:  # a vocabulary, for example: transformers would build a model of its default size, of gigabytes
+        raise ModelError(f"{str(path)!r} holds no weights", hint=AGAIN)
     _check_gguf_sizes(path, {key: field.contents() for key, field in fields.items()}, architecture, shapes)
     stretched += [name for name in tensors if name.startswith(("rope_freqs", "rope_factors"))]
     if stretched:
