@@ -9,20 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from ffgym.cli import app
 from ffgym.data.assets import DEMO_TEXT, fetch
 from ffgym.data.cache import cache_dir
 
 SETTINGS = {
-    "data.window": 256,
-    "data.calibration_tokens": 1024,
-    "data.search_tokens": 1024,
-    "data.report_tokens": 512,
+    "data.window": 128,
+    "data.calibration_tokens": 512,
+    "data.search_tokens": 512,
+    "data.report_tokens": 256,
     "prune.ridge": 0.1,
     "search.episodes": 8,  # one that follows a slope, which costs four, then two updates
-    "search.episode_tokens": 256,
+    "search.episode_tokens": 128,
     "search.episodes_per_update": 2,
-    "search.final_tokens": 256,
+    "search.final_tokens": 128,
     "search.finalists": 2,
     "search.random_baseline": "false",
 }
@@ -41,24 +43,17 @@ print(tokenizer.decode(out[0]))
 """
 
 
-def ffgym_command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command, in a folder that it has never seen; what was fetched before stays found from there."""
-    environment = {**os.environ, "FFGYM_CACHE": str(cache_dir().resolve()), "COLUMNS": "120"}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, "-m", "ffgym", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    print(f"{done.stdout}\n{done.stderr}")  # shown where a test fails
-    return done
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder in which the demo was run, and what it said."""
+    """The folder in which the demo was run, which the command had never seen, and what it said."""
     folder = tmp_path_factory.mktemp("demo")
+    environment = {**os.environ, "FFGYM_CACHE": str(cache_dir().resolve()), "COLUMNS": "120"}
+    environment.pop("MLFLOW_TRACKING_URI", None)
     options = (part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}"))
-    return folder, ffgym_command(
-        "run", "--agent", "reinforce", "--criterion", "wanda", "--output", "out", *options, folder=folder
-    )
+    command = [sys.executable, "-m", "ffgym", "run", "--agent", "reinforce", "--criterion", "wanda", "--output", "out"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=folder, env=environment)
+    print(f"{done.stdout}\n{done.stderr}")  # shown where a test fails
+    return folder, done
 
 
 @pytest.mark.demo
@@ -109,8 +104,9 @@ def test_the_pruned_demo_has_the_same_perplexity_in_llama_cpp(
 
     folder, _ = demo
     out = folder / "out"
-    done = ffgym_command("export", "out/model", "--gguf", "demo.gguf", "--dtype", "f32", "--json", folder=folder)
-    assert done.returncode == 0, done.stderr
+    command = ["export", str(out / "model"), "--gguf", str(folder / "demo.gguf"), "--dtype", "f32", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
     written = json.loads(done.stdout)
     assert (written["architecture"], written["dtype"], written["notes"]) == ("deci", "f32", [])
     assert written["parameters"] == json.loads((out / "report.json").read_text())[-1]["parameters"]
