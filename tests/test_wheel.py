@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
@@ -64,5 +65,9 @@ def test_prunes_a_model_that_loads(environment: Path, tiny_run: dict[str, Any], 
     where = called(environment / "python", "-c", "import ffgym; print(ffgym.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment.parent)
     called(environment / "ffgym", "run", "--config", "run.toml", "--output", "runs/mine", cwd=tmp_path)
-    generate = ROOT / "examples" / "generate.py"
-    assert called(environment / "python", generate, "runs/mine/model", "w1 w2", cwd=tmp_path).startswith("w1 w2 w")
+    saved = tmp_path / "runs" / "mine" / "model"
+    ours = (ROOT / "ffgym" / "models" / "modeling_ffgym.py").read_text(encoding="utf-8")
+    assert (saved / "modeling_ffgym.py").read_text(encoding="utf-8").startswith(ours)
+    model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(saved, trust_remote_code=True)
+    assert model(**tokenizer("w1 w2", return_tensors="pt")).logits.isfinite().all()
