@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import importlib
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +159,36 @@ def steps(before_episodes: Any) -> list[int]:
 
     before_episodes(counted)
     return seen
+
+
+ONE_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawing() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Pictures are saved as one pixel, as drawing takes half the time of a run; ``with drawing():`` draws them."""
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+
+    @contextmanager
+    def drawn() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Figure, "savefig", savefig)
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, path, **options: path.write_bytes(ONE_PIXEL))
+        yield drawn
+
+
+@pytest.fixture
+def drawn(drawing: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Pictures are drawn in this test."""
+    with drawing():
+        yield
 
 
 @pytest.fixture

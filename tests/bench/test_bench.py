@@ -58,12 +58,13 @@ def call(*files: Path, **options: Any) -> tuple[list[BenchTable], str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchTable, str]:
-    """A bench that ran through, tracked: its file, table and progress."""
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[Path, BenchTable, str]:
+    """A bench that ran through, tracked and drawn: its file, table and progress."""
     folder = tmp_path_factory.mktemp("finished")
     new_store(folder / "mlruns")
     file = bench_file(folder, tables={"tracking": {"enabled": True}})
-    (table,), said = call(file)
+    with drawing():
+        (table,), said = call(file)
     return file, table, said
 
 

@@ -15,6 +15,8 @@ from ffgym.bench.page import bench_page
 from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 from ffgym.report.paired import paired_difference
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 DATA = {"report": "demo:wiki", "window": 1024}
 
 

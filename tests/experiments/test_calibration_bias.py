@@ -68,6 +68,7 @@ def quiet() -> Reporter:
     return Reporter(Console(file=io.StringIO(), width=300))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_every_cell_is_computed_once_and_the_tables_are_written(
     script: Any, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

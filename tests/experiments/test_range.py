@@ -67,6 +67,7 @@ def result(script: ModuleType, group: str, seed: int, losses: dict[float, float]
     )
 
 
+@pytest.mark.usefixtures("drawn")
 def test_it_goes_on_where_it_stopped_and_says_how_many_tokens(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_episodes: Any
 ) -> None:

@@ -69,10 +69,10 @@ def quiet() -> Console:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> Path:
     """The folder of an experiment that ran through."""
     folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing():
         patch.syspath_prepend(str(FOLDER))
         made_up_tasks.install(patch)
         importlib.import_module("transfer").run(settings_file(folder), progress=quiet())

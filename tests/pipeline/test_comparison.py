@@ -37,6 +37,7 @@ def test_a_table_is_read_back_as_it_was_written(runs: dict[str, Path]) -> None:
     assert (runs["one"] / "report.md").read_text() == before
 
 
+@pytest.mark.usefixtures("drawn")
 def test_runs_are_compared_window_by_window(runs: dict[str, Path], tmp_path: Path) -> None:
     done = call(runs["one"], runs["better"], runs["tied"], "--output", tmp_path / "out")
     assert done.exit_code == 0, done.output

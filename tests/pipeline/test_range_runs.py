@@ -44,12 +44,13 @@ def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, pipeline.RunResult]:
-    """The run that most tests look at, tracked."""
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[RunConfig, pipeline.RunResult]:
+    """The run that most tests look at, tracked and drawn."""
     folder = tmp_path_factory.mktemp("finished")
     new_store(folder / "mlruns")
     config = ranged(folder, tracking={"enabled": True})
-    return config, go(config)[0]
+    with drawing():
+        return config, go(config)[0]
 
 
 def front_of(folder: Path) -> dict[str, Any]:

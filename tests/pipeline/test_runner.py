@@ -77,11 +77,12 @@ TRACKED = {"enabled": True}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """The run that most tests look at, tracked."""
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> Finished:
+    """The run that most tests look at, tracked and drawn."""
     folder = tmp_path_factory.mktemp("finished")
     new_store(folder / "mlruns")
-    return finish(glass_config(folder, tracking=TRACKED))
+    with drawing():
+        return finish(glass_config(folder, tracking=TRACKED))
 
 
 @pytest.fixture(scope="module")
@@ -865,6 +866,7 @@ def test_a_model_that_breaks_down_earns_the_worst_reward_and_the_run_goes_on(
     check_reloaded(one)
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     ("size", "what"), [(1, "config.toml"), (10_000, "episodes.jsonl"), (20_000, "units_kept.png"), (10**6, "model")]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import made_up_tasks
 import numpy as np
@@ -20,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("only_builtins")
 
 
 @pytest.fixture(scope="module")
-def traded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
+def traded(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("traded")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing():
         made_up_tasks.install(patch)
         new_store(folder / "mlruns")
         reward = {"name": "multi-objective", "examples": 8, "resource": "kv"}

@@ -96,14 +96,15 @@ def same_weights(left: Path, right: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def finished(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RecoveredModel]:
-    """LoRA on that run, tracked."""
+def finished(pruned: Path, tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[Path, RecoveredModel]:
+    """LoRA on that run, tracked and drawn."""
     home = tmp_path_factory.mktemp("finished")
     shutil.copytree(pruned, home / "run")
     new_store(home / "mlruns")
     config = configured(home / "run")
     tracking = config.tracking.model_copy(update={"enabled": True, "root": str(home / "mlruns")})
-    return home, recovered(home / "run", config=config.model_copy(update={"tracking": tracking}))
+    with drawing():
+        return home, recovered(home / "run", config=config.model_copy(update={"tracking": tracking}))
 
 
 def test_the_model_is_saved_beside_the_old_one(finished: tuple[Path, RecoveredModel]) -> None:
@@ -232,6 +233,7 @@ def test_the_callers_mode_changes_no_bit(finished: tuple[Path, RecoveredModel], 
     assert same_weights(result.saved.path, finished[1].saved.path)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_callers_style_does_not_change_the_picture(
     finished: tuple[Path, RecoveredModel], folder: Path, dark_style: Any
 ) -> None:
@@ -256,6 +258,7 @@ def stop(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> 
     return lambda: monkeypatch.setattr(module, name, whole)
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     ("method", "module", "name", "call"),
     [

@@ -194,6 +194,7 @@ def test_a_method_that_breaks_is_named(
     assert complaint in done.stderr
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize(
     ("change", "complaint", "rates", "is_drawn"),
     [
@@ -225,6 +226,7 @@ def test_a_curve_that_cannot_be_kept_or_drawn_loses_no_training(
     assert ("recovery.png: " in done.stdout) == is_drawn
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("interrupts", [1, 2])
 def test_ctrl_c_while_drawing_loses_no_training(
     install: Callable[..., None], pruned: Path, tmp_path: Path, interrupts: int

@@ -16,6 +16,8 @@ from ffgym.report.figures import SERIES, allocations_figure, reward_figure, unit
 from ffgym.report.paired import Difference
 from ffgym.types import Allocation, Episode, Sublayer
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 SUBLAYERS = [
     sublayer
     for layer in range(4)

@@ -13,6 +13,8 @@ from ffgym.report.front import TIE, Front, FrontPoint, front_as_dict, front_figu
 from ffgym.report.table import Row
 from ffgym.types import Allocation
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def row(label: str, perplexity: float, sparsity: float) -> Row:
     return Row(label, perplexity, 0.05, sparsity, 0.8 * sparsity, table_costs(int(1e8 * (1 - sparsity)), 1e8, 2e4))

@@ -11,6 +11,8 @@ import pytest
 from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
 from ffgym.types import Allocation
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 ALLOCATION = Allocation((2, 30, 1, 64), 80.0, 100.0)
 DENSE = {"perplexity_ratio": 1.0, "accuracy": 0.6, "macs_saved": 0.0}
 BEST = ParetoPoint(

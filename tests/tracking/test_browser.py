@@ -43,11 +43,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def home(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> Iterator[Path]:
     """A folder with the runs of three agents, of a heuristic, and one that failed; the current one meanwhile."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(glass_home(), folder, dirs_exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawing():
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(folder)
         new_store(Path("mlruns"))
