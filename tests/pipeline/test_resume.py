@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import shutil
 import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ import pytest
 import tomli_w
 from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_home, glass_tables, go
 from mlflow_store import client, new_store, runs
-from processes import interrupted, lines
+from processes import lines
 from rich.console import Console
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import load_config
 from ffgym.errors import DataError, ModelError, OutputError
 from ffgym.models import placement
 from ffgym.pipeline import compare, pipeline, task
-from ffgym.pipeline.folder import folder_lock, read_record
+from ffgym.pipeline.folder import folder_lock, is_finished, read_record
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.log import read_log
 from ffgym.tracking.tracker import Tracker
@@ -49,6 +48,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return go(config(tmp_path_factory.mktemp("whole")))[0].folder
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was interrupted in its sixth episode."""
+    folder, reward, count = tmp_path_factory.mktemp("stopped"), Perplexity.__call__, iter(range(6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Perplexity, "__call__", lambda *given: ctrl_c() if next(count) == 5 else reward(*given))
+        with pytest.raises(KeyboardInterrupt):
+            go(config(folder))
+    return folder / "out"
+
+
 def episodes(folder: Path, name: str) -> str:
     """A log's episodes, bit for bit; repr shows every bit of a float."""
     return repr([(e.action.tolist(), {**vars(e), "action": None}) for e in read_log(folder / name).episodes])
@@ -66,24 +76,21 @@ def assert_same(one: Path, other: Path) -> None:
 # it goes on
 
 
-@pytest.mark.parametrize(
-    "after",
-    [PER_UPDATE, EPISODES - 1, EPISODES + 2],
-    ids=["between updates", "within one", "in the random baseline"],
-)
 def test_it_ends_with_the_numbers_of_an_uninterrupted_run_and_measures_nothing_twice(
-    whole: Path, tmp_path: Path, steps: list[int], after: int
+    whole: Path, tmp_path: Path, steps: list[int]
 ) -> None:
-    steps[0] = after
-    with pytest.raises(KeyboardInterrupt) as stop:
-        go(config(tmp_path))
-    again = f"ffgym.run(config, resume={str(tmp_path / 'out')!r})"
-    assert stop.value.__notes__ == [f"in Python, continue where it stopped: {again}"]
+    out = tmp_path / "out"
+    for after in (PER_UPDATE, EPISODES - 1, EPISODES + 2):  # between updates, within one, in the random baseline
+        steps[0] = after
+        with pytest.raises(KeyboardInterrupt) as stop:
+            go(config(tmp_path), resume=out if out.exists() else None)
+        again = f"ffgym.run(config, resume={str(out)!r})"
+        assert stop.value.__notes__ == [f"in Python, continue where it stopped: {again}"]
     steps[0] = 10**6
-    result, said = go(config(tmp_path), resume=tmp_path / "out")
+    result, said = go(config(tmp_path), resume=out)
     assert len(steps) - 1 == 2 * EPISODES
     assert_same(result.folder, whole)
-    assert f"{min(after, EPISODES)} episodes of earlier sessions are read from episodes.jsonl" in said
+    assert f"{EPISODES} episodes of earlier sessions are read from episodes.jsonl" in said
 
 
 def test_one_that_follows_slopes_first_ends_the_same_too(tmp_path: Path, steps: list[int]) -> None:
@@ -99,20 +106,16 @@ def test_one_that_follows_slopes_first_ends_the_same_too(tmp_path: Path, steps: 
 
 
 def test_a_search_does_not_go_on_with_another_edition_of_a_plugin(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps[0] = PER_UPDATE
-    with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path))
+    out = shutil.copytree(stopped, tmp_path / "out")
     monkeypatch.setattr(Perplexity, "edition", 2)
-    before = (tmp_path / "out" / "episodes.jsonl").read_bytes()
     with pytest.raises(OutputError, match=r"the plugin named in \[reward\] has changed .* \(edition 1 then, 2 now\)"):
-        go(config(tmp_path), resume=tmp_path / "out")
-    assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
+        go(config(tmp_path), resume=out)
+    assert (out / "episodes.jsonl").read_bytes() == (stopped / "episodes.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("changed", ["model weights", "calibration text and search text"])
-def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, steps: list[int], changed: str) -> None:
+def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, steps: list[int]) -> None:
     home = shutil.copytree(glass_home(), tmp_path / "home")
     texts = {role: str(home / "c4.txt") for role in ("calibration", "search")}
     settings = config(tmp_path, model={"name": str(home / "glass")}, data=texts)
@@ -120,17 +123,21 @@ def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, step
     with pytest.raises(KeyboardInterrupt):
         go(settings)
     steps[0] = 10**6
-    if changed == "model weights":
-        file = home / "glass" / "model.safetensors"
-        weights = {name: 1.01 * tensor for name, tensor in load_file(file).items()}
-        save_file(weights, file, {"format": "pt"})
-    else:
-        (home / "c4.txt").write_text((home / "c4.txt").read_text("utf-8")[100:], "utf-8")
-    before = (tmp_path / "out" / "episodes.jsonl").read_bytes()
-    for _ in range(2):  # what the first refusal has seen is not what the run began with
-        with pytest.raises(OutputError, match=f"cannot go on: its {changed} changed since it began"):
-            go(settings, resume=tmp_path / "out")
-        assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == before
+    text, weights = home / "c4.txt", home / "glass" / "model.safetensors"
+    others = {name: 1.01 * tensor for name, tensor in load_file(weights).items()}
+    log = (tmp_path / "out" / "episodes.jsonl").read_bytes()
+    for changed, file, other in (
+        ("calibration text and search text", text, text.read_text("utf-8")[100:].encode()),
+        ("model weights", weights, save(others, {"format": "pt"})),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(other)
+        for _ in range(2):  # what the first refusal has seen is not what the run began with
+            with pytest.raises(OutputError, match=f"cannot go on: its {changed} changed since it began"):
+                go(settings, resume=tmp_path / "out")
+            assert (tmp_path / "out" / "episodes.jsonl").read_bytes() == log
+        file.write_bytes(before)
+    weights.write_bytes(other)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     del record["inputs"]
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
@@ -190,7 +197,7 @@ def test_the_command_prints_what_a_finished_run_came_to(whole: Path) -> None:
     assert json.loads(done.stdout)["model"] == str(whole / "model")
 
 
-@pytest.mark.parametrize("lost", ["the model", "the table", "the model, noted by nobody"])
+@pytest.mark.parametrize("lost", ["the table", "the model, noted by nobody"])
 def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
     whole: Path, tmp_path: Path, steps: list[int], lost: str
 ) -> None:
@@ -199,6 +206,7 @@ def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
         shutil.rmtree(folder / "model")
     else:
         (folder / "report.json").unlink()
+    assert not is_finished(folder, config(tmp_path))
     if "nobody" in lost:
         (folder / "run.json").write_text("{}")
     (folder / ".model.part-0123abcd").mkdir()
@@ -207,16 +215,6 @@ def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
     assert len(steps) == 1
     assert_same(again.folder, whole)
     assert not list(again.folder.glob(".model*"))
-
-
-def test_a_model_that_was_not_wanted_may_be_wanted_later(whole: Path, tmp_path: Path, steps: list[int]) -> None:
-    result, _ = go(config(tmp_path, output={"save_model": False}))
-    finished(config(tmp_path, output={"save_model": False}), result.folder)
-    del steps[1:]
-    go(config(tmp_path), resume=result.folder)
-    assert len(steps) == 1
-    assert_same(result.folder, whole)
-    finished(config(tmp_path), result.folder)
 
 
 def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,24 +234,26 @@ def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch:
 # it goes on, whatever changed
 
 
-def test_output_and_tracking_may_change(whole: Path, tmp_path: Path, steps: list[int]) -> None:
-    steps[0] = 5
-    with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path, output={"save_model": False}))
-    steps[0] = 10**6
+def test_the_output_may_change_and_a_model_that_was_not_wanted_may_be_wanted_later(
+    whole: Path, stopped: Path, tmp_path: Path, steps: list[int]
+) -> None:
+    out = Path(shutil.copytree(stopped, tmp_path / "out"))
     with pytest.raises(OutputError, match=r"resumed in its own folder, .*, and output\.dir = '.*elsewhere' is another"):
-        go(config(tmp_path, output={"dir": str(tmp_path / "elsewhere")}), resume=tmp_path / "out")
-    result, _ = go(config(tmp_path, output={"overwrite": True}), resume=tmp_path / "out")
-    assert_same(result.folder, whole)
+        go(config(tmp_path, output={"dir": str(tmp_path / "elsewhere")}), resume=out)
+    unwanted = config(tmp_path, output={"overwrite": True, "save_model": False})
+    go(unwanted, resume=out)
+    finished(unwanted, out)
+    assert not (out / "model").exists()
+    del steps[1:]
+    go(config(tmp_path), resume=out)
+    assert len(steps) == 1
+    assert_same(out, whole)
+    finished(config(tmp_path), out)
 
 
-def test_a_folder_that_was_moved_is_resumed_where_it_is(whole: Path, tmp_path: Path, steps: list[int]) -> None:
-    steps[0] = 5
-    with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path))
-    steps[0] = 10**6
-    moved = (tmp_path / "out").rename(tmp_path / "moved")
-    result, _ = go(config(tmp_path), resume=moved)
+def test_a_folder_that_was_moved_is_resumed_where_it_is(whole: Path, stopped: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(stopped, tmp_path / "moved"))
+    result, _ = go(config(stopped.parent), resume=moved)
     assert result.folder == moved
     assert_same(moved, whole)
 
@@ -261,15 +261,15 @@ def test_a_folder_that_was_moved_is_resumed_where_it_is(whole: Path, tmp_path: P
 # MLflow
 
 
-@pytest.mark.parametrize("after", [6, EPISODES + 5], ids=["within an update", "in the random baseline"])
-def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps: list[int], after: int) -> None:
+def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps: list[int]) -> None:
     root = new_store(tmp_path / "mlruns")
-    steps[0] = after
-    with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path, tracking=TRACKED))
-    (killed,) = runs(root)
-    assert killed.info.status == "KILLED"
-    assert read_record(tmp_path / "out").mlflow_run == killed.info.run_id
+    for after, resumed in ((6, None), (EPISODES + 5, tmp_path / "out")):  # within an update, in the random baseline
+        steps[0] = after
+        with pytest.raises(KeyboardInterrupt):
+            go(config(tmp_path, tracking=TRACKED), resume=resumed)
+        (killed,) = runs(root)
+        assert killed.info.status == "KILLED"
+        assert read_record(tmp_path / "out").mlflow_run == killed.info.run_id
     steps[0] = 10**6
     result, _ = go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
@@ -373,31 +373,27 @@ def test_a_run_of_a_folder_never_goes_on_with_the_hubs_model_of_that_name(
     assert str(tmp_path) not in (tmp_path / "out/model/run.json").read_text(), "the model may be published"
 
 
-def test_a_folder_belongs_to_one_run_at_a_time(tmp_path: Path, steps: list[int]) -> None:
-    steps[0] = 3
-    with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path))
-    steps[0] = 10**6
-    half = tmp_path / "out" / ".model.part-0123abcd"
+def test_a_folder_belongs_to_one_run_at_a_time(stopped: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(stopped, tmp_path / "out"))
+    half = out / ".model.part-0123abcd"
     half.mkdir()
-    with folder_lock(tmp_path / "out"), pytest.raises(OutputError, match="another run is writing into"):
-        go(config(tmp_path), resume=tmp_path / "out")
+    with folder_lock(out), pytest.raises(OutputError, match="another run is writing into"):
+        go(config(tmp_path), resume=out)
     assert half.exists(), "the run that is alive goes on writing it"
-    go(config(tmp_path), resume=tmp_path / "out")
+    go(config(tmp_path), resume=out)
     assert not half.exists(), "nobody goes on writing it"
-    assert not (tmp_path / "out" / ".lock").exists()
+    assert not (out / ".lock").exists()
 
 
 # what cannot go on
 
 
-def test_a_log_of_another_search_is_refused_and_kept(tmp_path: Path, steps: list[int]) -> None:
-    for seed in (1, 0):
-        steps[:] = [5]
-        with pytest.raises(KeyboardInterrupt):
-            go(config(tmp_path, seed=seed, output={"dir": str(tmp_path / ("other" if seed else "out"))}))
+def test_a_log_of_another_search_is_refused_and_kept(stopped: Path, tmp_path: Path, steps: list[int]) -> None:
+    steps[0] = 5
+    with pytest.raises(KeyboardInterrupt):
+        go(config(tmp_path, seed=1, output={"dir": str(tmp_path / "other")}))
     steps[0] = 10**6
-    log = tmp_path / "out" / "episodes.jsonl"
+    log = Path(shutil.copytree(stopped, tmp_path / "out")) / "episodes.jsonl"
     shutil.copy(tmp_path / "other" / "episodes.jsonl", log)
     before = log.read_text()
     with pytest.raises(DataError, match=r"episode \d of .*episodes\.jsonl differs from what this search proposes"):
@@ -427,6 +423,7 @@ def test_the_folder_alone_or_the_same_command_with_it(whole: Path, tmp_path: Pat
     done = CliRunner().invoke(app, ["run", "--resume", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["folder"] == str(tmp_path / "out")
+    assert "6 episodes of earlier sessions are read from episodes.jsonl" in done.stderr
     assert len(steps) - 1 == 2 * EPISODES
     assert_same(tmp_path / "out", whole)
 
@@ -456,15 +453,21 @@ def test_what_cannot_go_on_is_a_message_and_a_hint(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_killed_process_goes_on(tmp_path: Path, patient: Callable[[int], dict[str, str]]) -> None:
+def test_a_killed_process_goes_on(tmp_path: Path, before_episodes: Any) -> None:
     """SIGKILL leaves nothing but what was written: the log of episodes and the configuration."""
     new_store(tmp_path / "mlruns")
-    file = toml(tmp_path, tracking=TRACKED, search={"random_baseline": False}, reward={"name": "patient"})
-    command = [sys.executable, "-m", "ffgym", "run", "--config", file]
+    tracked = config(tmp_path, tracking=TRACKED, search={"random_baseline": False})
     log = tmp_path / "out" / "episodes.jsonl"
-    interrupted(command, signal.SIGKILL, lambda: lines(log) >= PER_UPDATE, env=patient(PER_UPDATE + 2))
-    assert PER_UPDATE <= len(read_log(log).episodes) < EPISODES
-    result, _ = go(load_config(Path(file)), resume=tmp_path / "out")
+
+    def killed() -> None:
+        before_episodes(lambda: lines(log) > PER_UPDATE and os.kill(os.getpid(), signal.SIGKILL))
+        go(tracked)
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    result, _ = go(tracked, resume=tmp_path / "out")
     assert len(result.found.history) == EPISODES
     history = client(tmp_path / "mlruns").get_metric_history(result.mlflow_run, "search/reward")
     assert sorted(point.step for point in history) == list(range(EPISODES))
