@@ -16,8 +16,11 @@ import tomli_w
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
+from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.pipeline import run
+from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import RunResult
+from ffgym.pipeline.settle import settle
 from ffgym.report.table import Row
 
 EPISODES, PER_UPDATE, WINDOW = 8, 4, 64
@@ -113,6 +116,16 @@ class Finished:
 
 def finish(config: RunConfig) -> Finished:
     return Finished(config, *go(config))
+
+
+def stages_are_announced(config: RunConfig, said: str) -> None:
+    """The stages that a run went through are those of its plan, in their order."""
+    stages, config = re.findall(r"^(.+): done in ", said, re.MULTILINE), settle(config)
+    steps = planned_steps(config, plan_run(config, make_agent(config)))
+    announced = [step.label for step in steps for _ in range(step.stages)]
+    assert len(stages) == len(announced), stages
+    assert all(stage.startswith(label) for stage, label in zip(stages, announced, strict=True))
+    assert all(step.seconds > 0 for step in steps)
 
 
 def ctrl_c(*args: Any, **kwargs: Any) -> Any:

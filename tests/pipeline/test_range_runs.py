@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tomli_w
-from glass_runs import FILES, NO_MODEL, PER_UPDATE, bench_file, glass_config, glass_tables, go
+from glass_runs import FILES, NO_MODEL, PER_UPDATE, bench_file, glass_config, glass_tables, go, stages_are_announced
 from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
@@ -44,13 +44,13 @@ def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[RunConfig, pipeline.RunResult]:
-    """The run that most tests look at, tracked and drawn."""
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[RunConfig, pipeline.RunResult, str]:
+    """The run that most tests look at, tracked and drawn: its configuration, result and progress."""
     folder = tmp_path_factory.mktemp("finished")
     new_store(folder / "mlruns")
     config = ranged(folder, tracking={"enabled": True})
     with drawing():
-        return config, go(config)[0]
+        return config, *go(config)
 
 
 def front_of(folder: Path) -> dict[str, Any]:
@@ -64,6 +64,11 @@ def test_everything_is_written_and_nothing_else(finished: Any) -> None:
     folder = finished[1].folder
     assert {path.name for path in folder.iterdir()} == RANGE_FILES
     assert (folder / "front.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_its_stages_are_those_that_it_announced(finished: Any) -> None:
+    config, _, said = finished
+    stages_are_announced(config, said)
 
 
 def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: Any) -> None:
@@ -85,7 +90,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
 
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
-    config, result = finished
+    config, result, _ = finished
     space = task.open_task(config, list(compare.REFERENCES.values()), Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
     for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
@@ -103,7 +108,7 @@ def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any)
 def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_target(finished: Any) -> None:
     import ffgym.models  # noqa: F401 (registers the classes)
 
-    config, result = finished
+    config, result, _ = finished
     labels = [row.label for row in result.table.rows]
     assert labels[0] == "dense"
     assert labels[-2:] == ["reinforce, plain", "reinforce + ridge"]
@@ -130,7 +135,7 @@ def test_it_is_printed_with_every_point(finished: Any) -> None:
 
 
 def test_mlflow_has_it_all(finished: Any) -> None:
-    config, result = finished
+    config, result, _ = finished
     store = client(Path(config.tracking.root))
     children = [run for run in list_runs(Path(config.tracking.root)) if run.parent == result.mlflow_run]
     points = front_of(result.folder)["points"]

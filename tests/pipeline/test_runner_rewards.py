@@ -70,17 +70,14 @@ def test_task_examples_count_as_tokens(traded: Finished) -> None:
     assert len(history) < 24, "the budget is in tokens"
 
 
-def test_it_repeats_bit_for_bit_and_can_be_overwritten(
-    traded: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_repeats_bit_for_bit(traded: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up_tasks.install(monkeypatch)
     tables = traded.config.model_dump()
-    tables["output"] |= {"dir": str(tmp_path / "out"), "overwrite": True}
+    tables["output"] |= {"dir": str(tmp_path / "out")}
     tables["tracking"] |= {"enabled": False}
     again = finish(RunConfig.model_validate(tables))
     assert untimed(again.folder / "episodes.jsonl") == untimed(traded.folder / "episodes.jsonl")
     assert (again.folder / "pareto.json").read_text() == (traded.folder / "pareto.json").read_text()
-    finish(RunConfig.model_validate(tables))
 
 
 def test_a_heuristic_that_earns_more_than_the_result_is_named(tmp_path: Path) -> None:
