@@ -541,12 +541,6 @@ class TestClasses:
         with torch.no_grad():
             assert torch.equal(model(IDS).logits, stock(IDS).logits)
 
-    @pytest.mark.parametrize("family", TINY_FAMILIES)
-    def test_no_stock_forward_is_overridden(self, family):
-        for model_class in family_of_type(family).saved_classes()[1:]:
-            assert "forward" not in vars(model_class)
-            assert model_class.forward is model_class.__mro__[2].forward
-
     def test_skipped_gives_zeros_or_the_bias(self):
         hidden = torch.ones(2, 5, 8, dtype=torch.bfloat16)
         output, weights = Skipped(attention=True)(hidden_states=hidden, attention_mask=None, cache=None)

@@ -217,25 +217,30 @@ def ffgym_calibrations():
     return []
 """
 LISTED = """
-import contextlib, io, json, sys
+import contextlib, io, json, os, sys
 sys.path.insert(0, sys.argv[1])
 from ffgym.plugins import discovery, manager
 discovery.SLOW_SECONDS = 0.01
+has_torch = []
 with contextlib.redirect_stderr(io.StringIO()) as said:
-    manager.names("criterion")
-print(json.dumps([said.getvalue(), "torch" in sys.modules]))
+    for package in sys.argv[2:]:
+        os.environ[discovery.ENVIRONMENT_VARIABLE] = f"{package}-entry"
+        manager.names("criterion")
+        has_torch.append("torch" in sys.modules)
+print(json.dumps([has_torch, said.getvalue()]))
 """
 
 
 def test_base_classes_import_nothing_heavy_or_nobody_is_blamed(install: Install, tmp_path: Path) -> None:
     """That of an export format needs neither torch nor transformers; those of a path and of a family do."""
-    install("acme-format", FORMAT.format(answer="None"))
-    assert not fresh(LISTED, tmp_path, hub=tmp_path)[1]
-    install("acme-path", PATH)
-    said, has_torch = fresh(LISTED, tmp_path, hub=tmp_path)
-    assert ("acme-path" in said, has_torch) == (False, True)
-    install("acme-family", FAMILY.format(name="starcoder2"))
-    assert "acme-family" not in fresh(LISTED, tmp_path, hub=tmp_path)[0]
+    packages = {"acme-format": FORMAT.format(answer="None"), "acme-path": PATH}
+    packages["acme-family"] = FAMILY.format(name="starcoder2")
+    for package, source in packages.items():
+        install(package, source)
+    has_torch, said = fresh(LISTED, tmp_path, *packages, hub=tmp_path)
+    assert has_torch == [False, True, True]
+    assert "acme-path" not in said
+    assert "acme-family" not in said
 
 
 def test_a_family_that_transformers_does_not_know_stops_nobody_else(install: Install, tmp_path: Path) -> None:
