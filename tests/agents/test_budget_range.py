@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 
@@ -32,6 +33,7 @@ def regret(agent, env, sparsity):
     return 1 - float(env.value((recommended(agent, sparsity)[0] - env.optimum_at(sparsity))[None])[0])
 
 
+@functools.cache
 def regrets(*, dimensions, updates, seed, told=True):
     env = BudgetRangeEnv(8, dimensions, 8 * updates, noise=0.02)
     agent = policy(BUDGETS if told else None)
