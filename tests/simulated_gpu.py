@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ContextDecorator, nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
@@ -213,8 +214,18 @@ def install() -> None:
     _Names().__enter__()
 
 
+def check() -> None:
+    """It refuses what a GPU refuses."""
+    there, here = torch.ones(3, device="cuda"), torch.ones(3)
+    assert (there + here.to(there.device) + 1).sum().item() == 9
+    for mix in (lambda: there + here, lambda: here @ there, lambda: torch.cat([here, there]), lambda: there.numpy()):
+        with pytest.raises((RuntimeError, TypeError), match="cuda"):
+            mix()
+
+
 if __name__ == "__main__":
     install()
+    check()
     from ffgym.cli.app import main
 
     main()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import fresh
 from torch.utils import backend_registration
 
 from ffgym.config.tables import RunConfig
@@ -27,28 +26,6 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).parent
-CODE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import simulated_gpu
-simulated_gpu.install()
-import torch
-there, here = torch.ones(3, device="cuda"), torch.ones(3)
-refused = []
-for mix in (lambda: there + here, lambda: here @ there, lambda: torch.cat([here, there]), lambda: there.numpy()):
-    try:
-        mix()
-    except (RuntimeError, TypeError) as error:
-        refused.append(str(error))
-print(json.dumps({"refused": refused, "sum": (there + here.to(there.device) + 1).sum().item()}))
-"""
-
-
-def test_it_refuses_what_a_gpu_refuses(tmp_path: Path) -> None:
-    found = fresh(CODE, HERE, hub=tmp_path)
-    assert len(found["refused"]) == 4
-    assert all("cuda" in message for message in found["refused"])
-    assert found["sum"] == 9
 
 
 @pytest.mark.parametrize(

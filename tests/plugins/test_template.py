@@ -16,6 +16,7 @@ from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import FFGymError, OutputError
+from ffgym.plugins import discovery
 from ffgym.plugins.template import NewKind, write_package
 
 KINDS: tuple[NewKind, ...] = get_args(NewKind)
@@ -32,11 +33,14 @@ def called(*command: str | Path, path: Path, cwd: Path) -> str:
 
 
 @pytest.mark.slow
-def test_new_packages_install_pass_their_tests_and_run(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("install")  # which forgets them again
+def test_new_packages_install_pass_their_tests_and_run(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [write_package(kind, f"my-{kind}", tmp_path) for kind in KINDS]
     site = tmp_path / "site"
-    install = ("install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site)
-    called(sys.executable, "-m", "pip", *install, *folders, path=site, cwd=tmp_path)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--target", site)
+    called(sys.executable, "-m", "pip", "install", *options, *folders, path=site, cwd=tmp_path)
     tested = called(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, path=site, cwd=tmp_path)
     assert " passed" in tested
     short = {**tiny_run["search"], "episodes": 8, "random_baseline": False}
@@ -44,8 +48,11 @@ def test_new_packages_install_pass_their_tests_and_run(tiny_run: dict[str, Any],
     (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8")
     flags = ("--agent", "my-agent", "--criterion", "my-criterion", "--reward", "my-reward", "--prior", "my-heuristic")
     flags += ("--resource", "my-resource")
-    run = ("-m", "ffgym", "run", "--config", "run.toml", "--output", "out", *flags)
-    assert "my-agent + ridge" in called(sys.executable, *run, path=site, cwd=tmp_path)
+    monkeypatch.syspath_prepend(site)
+    discovery.forget()
+    given = ("--config", str(tmp_path / "run.toml"), "--output", str(tmp_path / "out"))
+    done = CliRunner().invoke(app, ["run", *given, *flags])
+    assert "my-agent + ridge" in done.stdout, done.output
 
 
 def test_the_command_says_what_comes_next(tmp_path: Path) -> None:
