@@ -323,5 +323,5 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, word_tokenizer: Any) -> d
             "search_tokens": 256,
             "report_tokens": 64,
         },
-        "search": {"episode_tokens": 64, "final_tokens": 64},
+        "search": {"episodes": 24, "episode_tokens": 64, "final_tokens": 64},
     }
