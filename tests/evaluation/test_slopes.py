@@ -11,6 +11,7 @@ from ffgym.criteria.wanda import Wanda
 from ffgym.evaluation.divergence import divergence_from
 from ffgym.evaluation.perplexity import evaluate, predicting
 from ffgym.evaluation.slopes import mean_slopes, unit_slopes
+from ffgym.models.sublayer import parameter
 from ffgym.models.walk import Stream, Walk, all_states
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import within_reach
@@ -104,7 +105,8 @@ def test_slopes_equal_differences_of_losses(family, calibration, whole, random_w
                 none = weight.new_zeros(len(weight))  # a consumer without a bias has one of 0
                 bias, before_bias, after_bias = (none if b is None else b for b in (bias, *biases))
                 moved = bias + side * share * (after_bias - before_bias)
-                half.set_consumer(weight + side * share * (after - before), moved)
+                half.consumer.weight = parameter(weight + side * share * (after - before))
+                half.consumer.bias = parameter(moved)
                 losses.append(exact_loss(prunable, windows))
             difference = (losses[0] - losses[1]) / (2 * share)
             assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)
@@ -123,7 +125,7 @@ def test_slopes_equal_differences_of_divergences(family, of, random_windows):
             pad(prunable, kept)
             weight = half.consumer.weight.clone()
             before, after = ((half.pad(k), half.consumer.weight)[1] for k in (unit, unit + 1))
-            half.set_consumer(weight + side * 3e-3 * (after - before), half.consumer.bias)
+            half.consumer.weight = parameter(weight + side * 3e-3 * (after - before))
             found_of.append(exact_divergence(prunable, windows, log_dense, of))
         difference = (found_of[0] - found_of[1]) / 6e-3
         assert float(found[index][unit]) == pytest.approx(difference, rel=0.02, abs=4e-6), (index, unit)

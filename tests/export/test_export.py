@@ -32,6 +32,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load as load_model
 from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
+from ffgym.models.sublayer import parameter
 from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(7))
@@ -84,7 +85,7 @@ def pruned(family, kept, *, grouped_query=True, biases=False):
     if biases:  # as affine calibration leaves them: in the sublayers that were cut, and in no other
         for half, units, dense in zip(prunable.halves, kept, prunable.dense_units, strict=True):
             if 0 < units < dense:
-                half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, 32))
+                half.consumer.bias = parameter(torch.linspace(-1, 1, 32))
     return prunable
 
 
@@ -334,11 +335,11 @@ class TestOnDisk:
         model = prunable.model
         arena = torch.zeros(1_000_000)
         start = 0
-        for parameter in model.parameters():  # every weight a window of one storage
-            window = arena[start : start + parameter.numel()].view(parameter.shape)
-            window.copy_(parameter.detach())
-            parameter.data = window
-            start += parameter.numel()
+        for weight in model.parameters():  # every weight a window of one storage
+            window = arena[start : start + weight.numel()].view(weight.shape)
+            window.copy_(weight.detach())
+            weight.data = window
+            start += weight.numel()
         written = save_pruned(prunable, None, tmp_path / "m")
         assert written.bytes < 4 * written.parameters + 4096
         with torch.no_grad():

@@ -31,6 +31,7 @@ from ffgym.export.gguf.gguf import run_line
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import config_of, load
+from ffgym.pruning.calibration import PlainPath
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
 IDS = torch.randint(3, 128, (100,), generator=torch.Generator().manual_seed(7))
@@ -58,11 +59,9 @@ def pruned(family: str, kept: Sequence[int] | None, *, biases: bool = False, tie
     if kept is not None:
         prunable.cut(kept)
     for half, units, dense in zip(prunable.halves, prunable.kept, prunable.dense_units, strict=True):
-        bias = torch.linspace(-1, 1, 32)
-        if biases and 0 < units < dense:
-            half.set_consumer(half.consumer.weight, bias)
-        elif biases and units == 0:
-            half.set_bias(bias)
+        if biases and units < dense:
+            half.path = PlainPath(half.dense_consumer[0], torch.linspace(-1, 1, 32))
+            half.cut(units)
     return SimpleNamespace(model=model, prunable=None if kept is None else prunable)
 
 

@@ -18,6 +18,7 @@ from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.format import Exported, export
 from ffgym.models.cut import PrunableModel
+from ffgym.models.sublayer import parameter
 from ffgym.testing.models import tiny_model
 
 IDS = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(7))
@@ -102,8 +103,7 @@ def test_what_it_cannot_say_is_refused_by_name(
 def test_biases_of_affine_calibration_are_refused_with_the_way_round(tmp_path: Path) -> None:
     prunable = PrunableModel(tiny_model("llama"))
     prunable.cut(UNEVEN)
-    half = prunable.halves[1]
-    half.set_consumer(half.consumer.weight, torch.ones(32))
+    prunable.halves[1].consumer.bias = parameter(torch.ones(32))
     save_pruned(prunable, byte_level(), tmp_path / "model")
     with pytest.raises(ModelError, match=r"layers.0.mlp.down_proj.bias") as caught:
         export(tmp_path / "model", tmp_path / "nas", name="nemotron-nas")

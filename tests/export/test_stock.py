@@ -19,6 +19,7 @@ from ffgym.export.checkpoint import load_line, save_pruned, stock_model
 from ffgym.models.built_in_families import Llama
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import Stock, family_of, family_of_type
+from ffgym.models.sublayer import parameter
 from ffgym.prepare.paths import prepare
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
@@ -31,7 +32,7 @@ def cut(family, shape, *, grouped_query=True, biases=False):
     prunable.cut(shape * 3)
     if biases:
         for half in prunable.halves:
-            half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, 32))
+            half.consumer.bias = parameter(torch.linspace(-1, 1, 32))
     return prunable
 
 
@@ -136,7 +137,7 @@ class TestOnDisk:
     def test_only_the_half_that_was_given_biases_is_switched(self, tmp_path):
         prunable = cut("qwen3", (1, 48))
         for half in prunable.halves[::2]:
-            half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, 32))
+            half.consumer.bias = parameter(torch.linspace(-1, 1, 32))
         save(prunable, tmp_path / "m")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
         assert loaded.config.attention_bias is True
@@ -158,7 +159,7 @@ class TestOnDisk:
         prunable = PrunableModel(tiny_model("llama", dtype=torch.bfloat16))
         prunable.cut((1, 17) * 3)
         for half in prunable.halves:
-            half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, 32))
+            half.consumer.bias = parameter(torch.linspace(-1, 1, 32, dtype=torch.bfloat16))
         shards = list(save(prunable, tmp_path / "m", max_shard_size=20_000).path.glob("*.safetensors"))
         assert len(shards) > 1
         assert {weight.dtype for shard in shards for weight in load_file(shard).values()} == {torch.bfloat16}

@@ -10,7 +10,8 @@ from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
-from ffgym.pruning.calibration import NestedRidge
+from ffgym.models.sublayer import parameter
+from ffgym.pruning.calibration import NestedRidge, PlainPath
 from ffgym.pruning.ordering import expand_order
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
 
@@ -207,7 +208,7 @@ def test_an_empty_sublayer_leaves_its_constant(family, grouped, ids):
         half.path = NestedRidge(weight.detach(), torch.cov(x.T, correction=0), 0.1, x.mean(0), bias)
         kept[index] = 0
         constant = weight @ x.mean(0) + (0 if bias is None else bias)
-        twin.set_consumer(torch.zeros_like(weight), constant.detach())
+        twin.consumer.weight, twin.consumer.bias = parameter(torch.zeros_like(weight)), parameter(constant.detach())
     prunable.cut(kept)
     close(logits(model, ids), logits(reference.model, ids))
 
@@ -231,5 +232,6 @@ def test_generates_with_a_cache_as_without(family, grouped, ids):
 def test_weights_take_the_models_dtype():
     model = tiny_model("llama", dtype=torch.bfloat16)
     half = PrunableModel(model).halves[1]
-    half.set_consumer(torch.randn(32, 5), torch.randn(32))
+    half.path = PlainPath(torch.randn(32, 48), torch.randn(32))
+    half.cut(5)
     assert half.consumer.weight.dtype == half.consumer.bias.dtype == torch.bfloat16

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ffgym.export.checkpoint import stock_model, uneven_model
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
+from ffgym.models.sublayer import parameter
 from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
 PYTHON = os.environ.get("VLLM_PYTHON")
@@ -49,7 +50,7 @@ def saved(family: str, kind: str, folder: Path) -> None:
     if kind == "biased":  # as affine calibration leaves them
         for half, units, dense in zip(prunable.halves, kept, prunable.dense_units, strict=True):
             if 0 < units < dense:
-                half.set_consumer(half.consumer.weight, torch.linspace(-1, 1, len(half.consumer.weight)))
+                half.consumer.bias = parameter(torch.linspace(-1, 1, len(half.consumer.weight)))
     in_class = stock_model if kind == "stock" else uneven_model
     in_class(prunable).save_pretrained(folder)
 

@@ -347,7 +347,7 @@ def test_a_run_starts_where_another_was_killed_as_it_made_the_store(tmp_path, mo
     with Tracker(tmp_path / "new", "ffgym", "next") as tracker:
         pass
     assert run_of(tmp_path / "new", tracker).info.status == "FINISHED"
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db", "mlflow.lock"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["artifacts", "mlflow.db"]
 
 
 def test_an_experiment_that_another_run_has_just_made_is_taken(root, monkeypatch):
