@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
@@ -218,7 +217,14 @@ def found_name(config: RunConfig) -> str:
 
 def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:
     """One row: the model as it is cut now, on the report split."""
-    prunable, result = task.prepared.prunable, _measured(task, task.splits.report.windows, f"report: {label}", reporter)
+    prunable = task.prepared.prunable
+    with reporter.stage(f"report: {label}", 100) as stage:
+        result = evaluate_cut(
+            prunable,
+            task.splits.report.windows,
+            tokens_per_batch=task.env.tokens_per_batch,
+            on_progress=lambda share: stage(round(100 * share), 100),
+        )
     new_biases = prunable.new_bias_params(stock=task.config.prune.uniform)
     size, dense = task.sizes(prunable.kept, new_biases=new_biases), task.sizes(prunable.dense_units)
     resource = task.config.prune.resource
@@ -238,18 +244,6 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
         refit=refit,
         is_found=is_found,
     )
-
-
-def _measured(task: Task, windows: torch.Tensor, stage_label: str, reporter: Reporter) -> Evaluation:
-    """The model as it is cut now on windows of text, shape (windows, length), int64."""
-    prunable = task.prepared.prunable
-    with reporter.stage(stage_label, 100) as stage:
-        return evaluate_cut(
-            prunable,
-            windows,
-            tokens_per_batch=task.env.tokens_per_batch,
-            on_progress=lambda share: stage(round(100 * share), 100),
-        )
 
 
 def header(task: Task) -> str:
