@@ -65,7 +65,6 @@ SETTINGS = {
 STAGES = {
     "load model": "load",
     "collect statistics": "prepare",
-    "search: where": "start",
     "search": "search",
     "report": "report",
 }

@@ -157,22 +157,17 @@ def write_pictures(
     task: Task,
     allocations: Mapping[str, Allocation],
     searches: Mapping[str, SearchResult],
-    starts: Sequence[Sequence[float]],
 ) -> None:
     """``units_kept.png``, ``reward.png`` and, of a search of several updates, ``allocations.png``.
 
     Args:
         allocations: to draw over depth, by label.
         searches: by agent, the run's own first.
-        starts: what the allocation that each search started from earns on the text of every episode; empty where that
-            is not known.
     """
     sublayers = task.prepared.prunable.sublayers
     units_kept_figure(sublayers, allocations, folder / "units_kept.png")
     histories = {label: found.history for label, found in searches.items()}
-    levels = dict(zip(searches, starts, strict=False))
-    from_policy = task.config.search.init_from is not None
-    reward_figure(histories, folder / "reward.png", levels, from_policy=from_policy)
+    reward_figure(histories, folder / "reward.png")
     (label, history), *_ = histories.items()
     if history[-1].update > 0:
         allocations_figure(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
-from ffgym.envs.pruning_env import Trial
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
 from ffgym.models.origin import absolute_name, hub_base, stated_license
@@ -28,7 +26,7 @@ from ffgym.report.paired import paired_difference, standard_error
 from ffgym.report.progress import Reporter
 from ffgym.report.table import Cost, ReportTable, Row, bos_text
 from ffgym.search.loop import SearchResult
-from ffgym.types import Allocation, Episode, Evaluation, JSONDict, Sublayer
+from ffgym.types import Allocation, Evaluation, JSONDict, Sublayer
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
@@ -38,7 +36,6 @@ UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
     "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
 }
-MEASURED_TEXTS = 24  # enough for a curve, and a small part of a long search
 DEMO_LICENSE = {"license": "apache-2.0"}
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 
@@ -67,39 +64,6 @@ def refit_name(config: RunConfig) -> str:
 def heuristic_allocations(task: Task) -> dict[str, Allocation]:
     """What the found allocation is compared with, by label, all through the same projection and rounding."""
     return {label: task.project(*rule) for label, rule in reference_rules(task.config).items()}
-
-
-def start_rewards(task: Task, searches: Sequence[SearchResult], reporter: Reporter) -> list[list[float]]:
-    """What the allocation that a search started from earns on the text of each episode, at its target.
-
-    A reward depends on its text, so a search's progress shows only against a fixed allocation on the same text. The
-    search is over: nothing of it depends on this.
-
-    Args:
-        searches: the agent's first; at most `MEASURED_TEXTS` of its texts are measured, evenly spread.
-
-    Returns:
-        for each search, a reward for every episode; NaN where it was not measured, or failed.
-    """
-    history = searches[0].history
-    prior = task.config.prior
-    rule = ("uniform", {}) if prior.name == "none" else (prior.name, prior.options)
-    on = list({_text(episode): episode for episode in history}.values())
-    chosen = np.linspace(0, len(on) - 1, min(len(on), MEASURED_TEXTS)).round().astype(int)
-    trials = {
-        _text(episode): Trial(task.project(*rule, episode.target_sparsity), episode.windows, episode.examples)
-        for episode in (on[i] for i in chosen)
-    }
-    with reporter.stage("search: where it started, on the same text", 100) as stage:
-        outcomes = task.env.outcomes(list(trials.values()), lambda share: stage(round(100 * share), 100))
-        judged = dict(zip(trials, outcomes, strict=True))
-    earned = {key: outcome.reward for key, outcome in judged.items() if not outcome.failed}
-    return [[earned.get(_text(episode), math.nan) for episode in found.history] for found in searches]
-
-
-def _text(episode: Episode) -> tuple[tuple[int, ...], tuple[int, ...], float]:
-    """What decides the reward of an allocation: windows, examples, and the target that it is projected at."""
-    return episode.windows, episode.examples, episode.target_sparsity
 
 
 def compared_rows(

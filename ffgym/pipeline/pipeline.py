@@ -24,7 +24,6 @@ from ffgym.pipeline.compare import (
     compared_rows,
     heuristic_allocations,
     model_folder,
-    start_rewards,
     with_result,
 )
 from ffgym.pipeline.folder import check_output, read_record, reopen_folder
@@ -153,9 +152,8 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
         where = "at random" if task.config.prior.name == "none" else "near the prior"
         random = {f"best of {len(baseline.history)} {where}": baseline.best.allocation}
         searches["random"] = baseline
-    starts = start_rewards(task, list(searches.values()), progress) if len(main.history) > 1 else []
     allocations = {"found": main.best.allocation, **heuristics, **random}
-    write_pictures(session.folder, task, allocations, searches, starts)
+    write_pictures(session.folder, task, allocations, searches)
     if main.pareto:
         write_pareto(session.folder, task, main, session.tracker, progress)
     return compared_rows(at_main, heuristics, random, main, progress)

@@ -10,7 +10,7 @@ from ffgym.data.cache import ADDED_TO
 from ffgym.data.examples import EXAMPLE_TOKENS
 from ffgym.evaluation.evaluator import DIVERGENCES
 from ffgym.evaluation.known import KnownLosses
-from ffgym.pipeline.compare import MEASURED_TEXTS, asked_rules, reference_rules
+from ffgym.pipeline.compare import asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
@@ -65,7 +65,6 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         search_tokens=config.data.whole_tokens("search"),
         is_prepared=store is not None,
         known_tokens=0 if store is None else window * len(KnownLosses(store / ADDED_TO)),
-        start_texts=MEASURED_TEXTS if agent.searches else 0,
         finalists=finalists if agent.searches else 0,
         final_tokens=max(1, round(final_tokens / finalists / window)) * window,
         report_tokens=config.data.whole_tokens("report"),
@@ -100,8 +99,6 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
     steps.append(Step(f"search: {config.agent.name}", one_search))
     if load.searches > 1:
         steps.append(Step("search: random", one_search))
-    if "start" in seconds:
-        steps.append(Step("search: where it started", seconds["start"]))
     steps.append(report(rows))
     if others:
         steps.append(report(others))

@@ -29,7 +29,7 @@ KERNELS, LAST_KERNELS = 800_000, 400_000
 # copy becomes its factor.
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-SHARED = ("search", "finals", "start")  # stages whose episodes workers share
+SHARED = ("search", "finals")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
 BACKWARD = 2  # a walk backwards in forward passes
@@ -72,8 +72,7 @@ class Stage:
     """What one stage of a run needs.
 
     Attributes:
-        name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"start"`` (where the search started),
-            ``"report"``, ``"save"``, ``"recover"``.
+        name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"report"``, ``"save"``, ``"recover"``.
         tokens: how many go through the model.
         memory: bytes at the peak, by what holds them; empty where that is not known.
         seconds: in addition to what the operations take.
@@ -103,7 +102,6 @@ def stages(shape: ModelShape, load: Workload) -> list[Stage]:
         _prepare: True,
         _search: load.episode_tokens,
         _finals: load.finalists,
-        _start: load.start_texts,
         _report: load.report_rows,
         _save: load.saves,
         _recover: load.train_tokens,
@@ -329,10 +327,6 @@ def _slopes(shape: ModelShape, load: Workload) -> int:
 
 def _finals(shape: ModelShape, load: Workload) -> Stage:
     return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * len(load.targets))
-
-
-def _start(shape: ModelShape, load: Workload) -> Stage:
-    return _measure(shape, load, "start", min(load.updates * load.texts, load.start_texts), load.episode_tokens, 1)
 
 
 def _report(shape: ModelShape, load: Workload) -> Stage:

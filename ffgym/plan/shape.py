@@ -92,7 +92,6 @@ class Workload:
     search_tokens: int = 0  # of the search split; what the dense model loses on a window is measured once
     is_prepared: bool = False  # the model has been prepared before, and its store is there
     known_tokens: int = 0  # on which its losses are known from earlier searches
-    start_texts: int = 0  # on which the allocation that the search started from is measured
     finalists: int = 0  # allocations that are measured together in the finals; 0 for none
     final_tokens: int = 0  # that each of them is measured on, on average
     report_tokens: int = 0  # of the report split

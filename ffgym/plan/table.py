@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-LABELS = {
-    "load": "load model and text",
-    "start": "reward at the start",
-}
+LABELS = {"load": "load model and text"}
 
 
 def to_json(plan: Plan) -> JSONDict:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DPI = 150
+AROUND = 2  # updates before and after one that its moving mean takes in
 BLACK, BLUE, ORANGE, GREEN, YELLOW, SKY = "#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
 # Colours by Okabe and Ito, each with its own marker, so that colour-blind readers and grey prints tell them apart.
 SERIES: tuple[dict[str, Any], ...] = (
@@ -137,25 +138,15 @@ def _kinds(sublayers: Sequence[Sublayer]) -> list[Kind]:
 
 
 @default_style()
-def reward_figure(
-    episodes: Mapping[str, Sequence[Episode]],
-    path: Path,
-    starts: Mapping[str, Sequence[float]],
-    *,
-    from_policy: bool = False,
-) -> Figure:
-    """Draw rewards over the tokens evaluated so far: every episode faint, the mean of each update strong.
+def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> Figure:
+    """Draw rewards over the tokens evaluated so far: every episode faint, a mean over several updates strong.
 
-    A reward depends on its text. So what is drawn is how far each episode lies above the reward that the allocation
-    which the search started from earns on the text of that episode, where that is known. Where the schedule moves, a
-    second panel shows the target. Under a range of budgets, where every update has a target of its own, no line joins
-    the means. Failed episodes are crosses on the lower edge and stay out of the means.
+    Hard text lowers all rewards of its update, so that the mean of a single one says little. Where the schedule moves,
+    a second panel shows the target. Under a range of budgets, where every update has a target of its own, each has its
+    own mean, and no line joins them. Failed episodes are crosses on the lower edge and stay out of the means.
 
     Args:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
-        starts: the rewards of the allocation that a search started from, one for every episode by label; NaN where
-            that is not known.
-        from_policy: the search started from another one's policy, so that these are the prior's and not the start's.
     """
     searches = {label: history for label, history in episodes.items() if history}
     scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
@@ -166,63 +157,42 @@ def reward_figure(
         _draw_schedule(bottom, searches)
     else:
         rewards = bottom = figure.subplots()
-    levels = {label: np.array(known) for label, known in starts.items() if np.isfinite(known).any()}
-    if is_above_start := bool(levels):
-        rewards.axhline(0, color=BLACK, linewidth=1)
-    else:
-        levels = {label: np.zeros(len(history)) for label, history in searches.items()}
     ends = []
-    for number, label in enumerate(label for label in searches if label in levels):
+    for number, (label, history) in enumerate(searches.items()):
         look = SERIES[number % len(SERIES)]
-        end = _draw_rewards(rewards, searches[label], levels[label], label, look, joined=not ranged)
-        ends.append(f"{label} ends at {end:{'+' if is_above_start else ''}z.3f}")
-    means = "large marks" if ranged else "lines"
-    key = f"dots: episodes; {means}: mean of each update; crosses on the edge: failed episodes"
-    rewards.set_title(key, fontsize=10, loc="left")
-    rewards.set_ylabel(
-        f"reward above the {'prior' if from_policy else 'start'}'s" if is_above_start else "reward (higher is better)"
-    )
-    lines = [line for line in rewards.lines if line.get_label() in levels and len(line.get_ydata())]
-    if is_above_start and lines:  # values far below would flatten the search itself
-        own = [0.0, *rewards.collections[0].get_offsets()[:, 1]]
-        low, high = min(own), max(own)
-        rewards.set_ylim(bottom=max(rewards.get_ylim()[0], low - 0.5 * (high - low)))
-        for line in lines:
-            if max(line.get_ydata()) < rewards.get_ylim()[0]:
+        end = _draw_rewards(rewards, history, label, look, around=0 if ranged else AROUND)
+        ends.append(f"{label} ends at {end:z.3f}")
+    means = "large marks: mean of each update" if ranged else f"lines: moving mean of {2 * AROUND + 1} updates"
+    rewards.set_title(f"dots: episodes; {means}; crosses on the edge: failed episodes", fontsize=10, loc="left")
+    rewards.set_ylabel("reward (higher is better)")
+    own = rewards.collections[0].get_offsets()[:, 1]
+    if len(set(own)) > 1:  # values far below would flatten the search itself
+        rewards.set_ylim(bottom=max(rewards.get_ylim()[0], own.min() - 0.5 * np.ptp(own)))
+        for line in rewards.lines:
+            if max(line.get_ydata(), default=math.inf) < rewards.get_ylim()[0]:
                 line.set_label(f"{line.get_label()} (below the scale)")
     handles, labels = rewards.get_legend_handles_labels()
     _legend(figure, dict(zip(labels, handles, strict=True)))
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    level = "the prior" if from_policy else "where the search started"
-    what = f"Reward above {level}, on the same text" if is_above_start else "Reward (text differs)"
     # Under a range the last update has a target of its own, which says nothing of the others.
-    title = what if ranged else f"{what}:\n{', '.join(ends)}"
+    title = "Reward of every episode" if ranged else f"Mean reward:\n{', '.join(ends)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return save_figure(figure, path)
 
 
-def _draw_rewards(
-    axes: Axes,
-    history: Sequence[Episode],
-    levels: NDArray[np.float64],
-    label: str,
-    look: Mapping[str, Any],
-    *,
-    joined: bool,
-) -> float:
-    """Draw one search where its level is known; return the mean of its last update above that, or NaN."""
+def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, look: Mapping[str, Any], *, around: int) -> float:
+    """Draw one search, and means of each update and so many on either side; return the last of them, or NaN."""
     tokens = _tokens_so_far(history)
-    alive = np.array([not episode.failed and math.isfinite(episode.reward) for episode in history])
+    values = np.array([episode.reward for episode in history])
+    drawn, colour = np.isfinite(values) & [not episode.failed for episode in history], look["color"]
     updates = np.array([episode.update for episode in history])
-    values = np.array([episode.reward for episode in history]) - levels
-    drawn, colour = alive & np.isfinite(values), look["color"]
     axes.scatter(tokens[drawn], values[drawn], s=14, color=colour, alpha=0.5, linewidths=0, zorder=2)
     # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
     axes.scatter(
-        tokens[~alive],
-        np.full(int((~alive).sum()), 0.02),
+        tokens[~drawn],
+        np.full(int((~drawn).sum()), 0.02),
         marker="x",
         s=24,
         color=colour,
@@ -230,14 +200,11 @@ def _draw_rewards(
         transform=axes.get_xaxis_transform(),
         zorder=3,
     )
-    points = [
-        (tokens[members].mean(), values[members].mean())
-        for update in np.unique(updates)
-        if (members := drawn & (updates == update)).any()
-    ]
-    line = "-" if joined else ""
-    axes.plot([x for x, _ in points], [y for _, y in points], **look, linestyle=line, label=label, zorder=4)
-    return float(points[-1][1]) if points else math.nan
+    middles = np.unique(updates[drawn])
+    xs = [tokens[drawn & (updates == update)].mean() for update in middles]
+    means = [values[drawn & (abs(updates - update) <= around)].mean() for update in middles]
+    axes.plot(xs, means, **look, linestyle="-" if around else "", label=label, zorder=4)
+    return float(means[-1]) if means else math.nan
 
 
 @default_style()

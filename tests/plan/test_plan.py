@@ -260,12 +260,9 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
     assert plan["family"] == "llama"
     assert plan["texts"]["search"] == "demo:c4"
     assert plan["peak"] == max(stage["peak"] for stage in plan["stages"])
-    assert [stage["stage"] for stage in plan["stages"]] == [
-        *("load", "prepare", "search", "finals", "start", "report", "save"),
-    ]
+    stages = [stage["stage"] for stage in plan["stages"]]
+    assert stages == ["load", "prepare", "search", "finals", "report", "save"]
     assert plan["seconds"] == pytest.approx(sum(stage["seconds"] for stage in plan["stages"]))
-    tokens = {stage["stage"]: stage["tokens"] for stage in plan["stages"]}
-    assert tokens["start"] == tokens["search"] // 8, "96 episodes of two searches; the start on 24 texts"
 
 
 def test_a_text_that_is_not_there_is_refused_as_a_run_does(tmp_path: Path) -> None:

@@ -56,39 +56,38 @@ def test_units_kept_with_any_number_of_references(tmp_path, count):
 
 def test_reward_figure_grows_a_panel_when_the_schedule_moves(tmp_path):
     still, moving = tmp_path / "still.png", tmp_path / "moving.png"
-    reward_figure({"agent": [episode(i) for i in range(8)]}, still, {})
-    reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)], "random": []}, moving, {})
+    reward_figure({"agent": [episode(i) for i in range(8)]}, still)
+    reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)], "random": []}, moving)
     assert png_size(moving)[1] > png_size(still)[1]
 
 
-def test_rewards_are_drawn_above_those_of_the_start_on_the_same_text(tmp_path):
-    # the text of update 1 is hard, and hardest for its first two: rewards fall, although the search has improved
-    history = [episode(i, reward=reward) for i, reward in enumerate((0.7,) * 4 + (0.5,) * 2 + (0.7,) * 2)]
-    starts = {"agent": [0.7] * 4 + [0.4] * 2 + [0.6] * 2, "random": [0.7] * 4 + [math.nan] * 4}
+def test_a_line_of_means_over_five_updates_shows_progress_through_the_scatter(tmp_path):
+    # the text of every other update is hard: rewards go up and down, and rise all the same
+    history = [episode(i, reward=(i // 4) / 10 - 0.4 * (i // 4 % 2)) for i in range(40)]
+    figure = reward_figure({"agent": history}, tmp_path / "a.png")
+    axes, rewards = figure.axes[0], [e.reward for e in history]
+    assert axes.collections[0].get_offsets()[:, 1].tolist() == rewards, "every episode as it is"
+    (line,) = axes.lines
+    assert line.get_linestyle() == "-"
+    around = [rewards[max(0, 4 * k - 8) : 4 * k + 12] for k in range(10)]
+    assert line.get_ydata() == pytest.approx([sum(each) / len(each) for each in around])
+    assert figure.get_suptitle() == f"Mean reward:\nagent ends at {line.get_ydata()[-1]:.3f}"
+
+
+def test_rewards_far_below_do_not_flatten_the_search(tmp_path):
     far = [episode(i, reward=-9.0) for i in range(8)]
-    figure = reward_figure({"agent": history, "random": far}, tmp_path / "a.png", starts)
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
-    assert lines["agent"] == pytest.approx([0.0, 0.1])
-    dots = figure.axes[0].collections[0].get_offsets()
-    assert dots[:, 1].tolist() == pytest.approx([0.0] * 4 + [0.1] * 4), "each against the start on its own text"
-    assert len(lines["random (below the scale)"]) == 1, "an update whose level is not known is not drawn"
-    assert "agent ends at +0.100" in figure.get_suptitle()
-    assert figure.axes[0].get_ylim()[0] > -1, "what lies far below does not flatten the search"
-    assert "above where the search started" in figure.get_suptitle()
+    axes = reward_figure({"agent": [episode(i) for i in range(8)], "random": far}, tmp_path / "a.png").axes[0]
+    assert axes.get_ylim()[0] > 0
+    assert [line.get_label() for line in axes.lines] == ["agent", "random (below the scale)"]
 
 
 def test_under_a_range_no_single_update_stands_for_the_search(tmp_path):
-    history = [replace(episode(i), target_sparsity=0.1 + 0.2 * (i % 3)) for i in range(8)]
-    figure = reward_figure({"agent": history}, tmp_path / "a.png", {"agent": [0.5] * 8})
-    assert figure.get_suptitle() == "Reward above where the search started, on the same text"
-
-
-def test_rewards_of_a_search_that_started_from_a_policy_are_drawn_above_the_priors(tmp_path):
-    starts = {"agent": [0.5] * 4}
-    history = {"agent": [episode(i) for i in range(4)]}
-    figure = reward_figure(history, tmp_path / "a.png", starts, from_policy=True)
-    assert figure.get_suptitle().startswith("Reward above the prior, on the same text")
-    assert figure.axes[0].get_ylabel() == "reward above the prior's"
+    history = [replace(episode(i), target_sparsity=0.1 + 0.2 * (i // 4 % 2 == 0)) for i in range(8)]
+    figure = reward_figure({"agent": history}, tmp_path / "a.png")
+    assert figure.get_suptitle() == "Reward of every episode"
+    (line,) = figure.axes[0].lines
+    assert line.get_ydata() == pytest.approx([0.515, 0.555]), "each update, of a target of its own, has its own mean"
+    assert line.get_linestyle() == "None"
 
 
 def test_allocations_are_drawn_as_the_mean_of_every_update(tmp_path):
@@ -146,10 +145,9 @@ def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, monkeypatc
     assert points == list(means)
 
 
-@pytest.mark.parametrize("starts", [{}, {"agent": [0.1] * 3, "random": [0.1] * 4}], ids=["plain", "above the start"])
-def test_failed_episodes_of_any_reward_are_drawn(tmp_path, starts):
+def test_failed_episodes_of_any_reward_are_drawn(tmp_path):
     failed = [episode(i, reward=reward, failed=True) for i, reward in enumerate((float("nan"), float("-inf"), -1e9))]
-    figure = reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png", starts)
+    figure = reward_figure({"agent": failed, "random": [*failed, episode(4)]}, tmp_path / "reward.png")
     axes = figure.axes[0]
     drawn = [len(dots.get_offsets()) for dots in axes.collections]
     assert drawn == [0, 3, 1, 3], "episodes and crosses of each search"
@@ -167,7 +165,7 @@ def test_a_picture_that_cannot_be_written_names_its_path(tmp_path):
     "draw",
     [
         lambda path: units_kept_figure(SUBLAYERS, {"found": FOUND, "uniform": UNIFORM}, path),
-        lambda path: reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)]}, path, {}),
+        lambda path: reward_figure({"agent": [episode(i, 0.05 + i / 100) for i in range(8)]}, path),
         lambda path: allocations_figure(SUBLAYERS, [episode(i) for i in range(8)], "20 %", path),
         lambda path: differences_figure([("some", Difference(0.1, 0.02))], "fisher", path),
     ],
