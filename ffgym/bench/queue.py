@@ -11,10 +11,9 @@ from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins import manager
-from ffgym.prepare.parts import make_reward
 from ffgym.prepare.workers import local_places
 from ffgym.report.progress import Reporter, clock
-from ffgym.search.finals import finals_size
+from ffgym.search.finals import expected_tokens
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -138,8 +137,7 @@ def _tokens(cell: Cell) -> int:
     agent = manager.create("agent", config.agent.name, config.agent.options)
     if not agent.searches:
         return spent + report_tokens
-    count, windows, reward = agent.recommendations, config.final_windows, make_reward(config)
-    _, finals = finals_size(search.finalists, search.final_tokens, count, windows, reward, is_range=False)
+    finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, config.final_windows)
     return spent + finals + cell.marks * report_tokens
 
 

@@ -31,6 +31,7 @@ REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults 
     "schedule": {"ramp_share": 0.5},
     "recover": {"seed": "auto", "window": "auto"},
     "output": {"sequential": False},
+    "reward.multi-objective": {"pareto": 0},
     "agent.reinforce": {"length": 0.15},
     "agent.pathwise": {"step": 0.1, "smooth": 0.5, "length": 0.15, "average": 0.5},
     "agent.random": {"smooth": 0.95, "length": 0.15},

@@ -21,16 +21,13 @@ from ffgym.pipeline.folder import MEASURE_AGAIN
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.contracts import check_objectives, check_state
+from ffgym.plugins.contracts import check_state
 from ffgym.prepare.configured import used_plugins
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_as_dict, front_figure, point_name
 from ffgym.report.layout import strict
-from ffgym.report.pareto import ParetoPoint, pareto_figure, pareto_json
-from ffgym.report.progress import Reporter
 from ffgym.report.table import ReportTable, Row, perplexity_text
-from ffgym.search.finals import finals_examples, finals_windows
 from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
 from ffgym.tracking.names import Result, parameters
@@ -58,7 +55,6 @@ PICTURES = {
     "units_kept.png": "Share of its units that every sublayer keeps, over depth.",
     "reward.png": "Reward over the tokens that the search evaluated.",
     "allocations.png": "What every update of the search kept of every layer, on average.",
-    "pareto.png": "Allocations that no other one beats in all objectives.",
 }
 """What a run draws, with captions."""
 WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, MEASURE_AGAIN)
@@ -118,38 +114,6 @@ def allocation_json(found: SearchResult) -> JSONDict:
         "episodes": len(found.history),
     }
     return strict(data)
-
-
-def write_pareto(folder: Path, task: Task, found: SearchResult, tracker: Tracker, reporter: Reporter) -> None:
-    """``pareto.json`` and ``pareto.png``: the finalists by their objectives, where the reward weighs several."""
-    env, seed = task.env, task.config.seed
-    subset, examples = finals_windows(env, seed), finals_examples(env, seed)
-    dense = env.dense(subset, examples)
-    goals = check_objectives(env.reward, dense, dense)
-    winners = {candidate.allocation.kept for candidate in found.pareto}
-    points = [
-        ParetoPoint(
-            candidate.allocation,
-            candidate.origin,
-            loss=candidate.loss,
-            reward=candidate.reward,
-            objectives=candidate.objectives,
-            dominated=candidate.allocation.kept not in winners,
-            chosen=candidate is found.best,
-        )
-        for candidate in found.finalists
-        if candidate.objectives and candidate.loss is not None and candidate.reward is not None
-    ]
-    measured = len(subset) * env.window_tokens
-    note = f"measured again on {measured:,} search tokens" + (f" and {len(examples)} examples" if examples else "")
-    data = pareto_json(points, goals, tokens=measured, examples=len(examples))
-    write_text(folder / "pareto.json", json.dumps(data, indent=2))
-    pareto_figure(points, goals, folder / "pareto.png", note)
-    for name in ("pareto.json", "pareto.png"):
-        tracker.log_artifact(folder / name)
-    reporter.print(
-        f"Pareto set: {len(winners)} of {len(points)} allocations that were {note}, in {folder / 'pareto.json'}"
-    )
 
 
 def write_pictures(

@@ -30,7 +30,7 @@ from ffgym.types import JSONDict
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
     {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl"}
-    | {"allocation.json", "policy.json", "pareto.json", "pareto.png"}
+    | {"allocation.json", "policy.json"}
     | {"report.md", "report.json", "losses.json", "report.html"}
     | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
     | {"front.json", "front.md", "front.png", "model"}

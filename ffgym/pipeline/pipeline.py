@@ -18,7 +18,7 @@ from ffgym.models.loading import check_weights
 from ffgym.models.modes import own_modes
 from ffgym.models.origin import absolute_name
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.artifacts import tracked_result, write_front, write_pareto, write_pictures, write_table
+from ffgym.pipeline.artifacts import tracked_result, write_front, write_pictures, write_table
 from ffgym.pipeline.compare import (
     asked_rules,
     compared_rows,
@@ -154,8 +154,6 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
         searches["random"] = baseline
     allocations = {"found": main.best.allocation, **heuristics, **random}
     write_pictures(session.folder, task, allocations, searches)
-    if main.pareto:
-        write_pareto(session.folder, task, main, session.tracker, progress)
     return compared_rows(at_main, heuristics, random, main, progress)
 
 

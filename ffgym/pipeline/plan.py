@@ -20,7 +20,7 @@ from ffgym.prepare.planning import placed, plan_of
 from ffgym.prepare.store import made_under
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
-from ffgym.search.finals import finals_size
+from ffgym.search.finals import expected_tokens
 
 
 def plan_run(config: RunConfig, agent: Agent) -> Plan:
@@ -46,12 +46,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
     asked = reward.examples * EXAMPLE_TOKENS if "accuracy" in reward.needs else 0  # tokens of an episode's examples
     episode_tokens = plan.load.episode_tokens + asked
     reserved = search.final_tokens * episode_tokens // plan.load.episode_tokens
-    is_range = config.prune.is_range
-    finals = [
-        finals_size(search.finalists, reserved, count, config.final_windows, reward, is_range=is_range)
-        for count in recommended
-    ]
-    finalists, final_tokens = finals[0][0], sum(tokens for _, tokens in finals) // len(finals)
+    finals = [expected_tokens(search.finalists, reserved, count, config.final_windows) for count in recommended]
+    final_tokens = sum(finals) // len(finals)
     store = made_under(settings_of(config, needs, plan.load.dtype_name))
     load = replace(
         plan.load,
@@ -65,8 +61,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         search_tokens=config.data.whole_tokens("search"),
         is_prepared=store is not None,
         known_tokens=0 if store is None else window * len(KnownLosses(store / ADDED_TO)),
-        finalists=finalists if agent.searches else 0,
-        final_tokens=max(1, round(final_tokens / finalists / window)) * window,
+        finalists=search.finalists if agent.searches else 0,
+        final_tokens=max(1, round(final_tokens / search.finalists / window)) * window,
         report_tokens=config.data.whole_tokens("report"),
         report_rows=rows + others + 3 * recovers,
         saves=models * config.output.save_model + main * recovers,

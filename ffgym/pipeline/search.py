@@ -16,7 +16,7 @@ from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.layout import percent
 from ffgym.report.progress import Reporter
-from ffgym.search.finals import finals_examples, finals_size, finals_windows
+from ffgym.search.finals import expected_tokens, finals_examples, finals_windows
 from ffgym.search.log import count_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, SearchSettings, search_front
 from ffgym.tracking.tracker import Tracker
@@ -106,8 +106,7 @@ def tracked_search(
     finals = 0
     if agent.searches:
         own = env.tokens(finals_windows(env, config.seed), finals_examples(env, config.seed))
-        count, is_range = agent.recommendations, config.prune.is_range
-        _, finals = finals_size(settings.finalists, own, count, env.reserved, env.reward, is_range=is_range)
+        finals = expected_tokens(settings.finalists, own, agent.recommendations, env.reserved)
     earlier = count_episodes(log) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")

@@ -131,7 +131,6 @@ class Reward(Plugin, ABC):
         examples: how many of their examples an episode at full fidelity is measured on, equally many of every task.
         resources: names of the resources that ``cost`` is measured in, e.g. ``("macs",)``; empty for all built-ins
             that need no measurement.
-        pareto: how many non-dominated allocations are measured again with the finalists, where there are objectives.
     """
 
     kind = "reward"
@@ -140,14 +139,13 @@ class Reward(Plugin, ABC):
     tasks: tuple[str, ...] = ()
     examples: int = 128
     resources: tuple[str, ...] = ()
-    pareto: int = 8
 
     @abstractmethod
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
         """Compare the pruned with the dense model on the same windows and examples."""
 
     def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
-        """The aims that are traded against each other, by name, higher = better; a run then keeps their Pareto set.
+        """The aims that are traded against each other, by name, higher = better.
 
         The names are always the same, and the numbers finite. A reward with a single aim has no objectives.
         """

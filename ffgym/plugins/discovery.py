@@ -57,7 +57,7 @@ TYPES: dict[type, tuple[Any, str]] = {
 """What an attribute must be, by the type of the base class's value, and how a message says it."""
 
 AGENT_COUNTS = (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1), ("recommendations", 0))
-REWARD_COUNTS = (("examples", 1), ("pareto", 0))
+REWARD_COUNTS = (("examples", 1),)
 """Attributes that are whole numbers, and the least that each may be."""
 
 SLOW_SECONDS = 2.0

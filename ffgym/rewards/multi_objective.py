@@ -26,8 +26,7 @@ class MultiObjective(Reward):
     resource, so the cost is in another one: allocations of the same size in parameters differ in MACs and in KV cache.
     A term of weight 0 is neither measured nor an objective.
 
-    The weights choose one winner. The objectives themselves, P, accuracy_pruned and C, are recorded for every episode,
-    and the allocations that no other one beats in all of them are measured again and written to ``pareto.json``.
+    The weights choose one winner. The objectives themselves, P, accuracy_pruned and C, are recorded for every episode.
     """
 
     name = "multi-objective"
@@ -44,9 +43,6 @@ class MultiObjective(Reward):
         )
         examples: int = Field(default=32, ge=1, description="examples of these tasks for one episode at full fidelity")
         resource: str = Field(default="macs", description="resource of the saved cost; not the budget's")
-        pareto: int = Field(
-            default=8, ge=0, description="non-dominated allocations that are measured again with the finalists"
-        )
 
         @model_validator(mode="after")
         def _something_counts(self) -> MultiObjective.Config:
@@ -64,7 +60,6 @@ class MultiObjective(Reward):
         self.tasks = self.config.tasks
         self.examples = self.config.examples
         self.resources = (self.config.resource,)
-        self.pareto = self.config.pareto
 
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
         """Weigh the terms."""

@@ -1,1 +1,1 @@
-"""One search: the loop, its log, its finals, its policy, its Pareto front."""
+"""One search: the loop, its log, its finals, its policy."""

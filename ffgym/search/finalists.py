@@ -1,12 +1,10 @@
 """Who meets in the finals: what the policy recommends, the best episodes, the starts, and what must not be missed.
 
-Candidates are distinct allocations at one target. Where a reward weighs objectives, allocations that none of the
-hardest stage beats in every objective join them. Where all layers share one shape, every other shape joins them too.
+Candidates are distinct allocations at one target. Where all layers share one shape, every other shape joins them too.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +13,6 @@ import numpy as np
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import check_recommendations
-from ffgym.search.pareto import non_dominated, thinned
 from ffgym.types import Allocation, Episode
 
 STARTS = ("prior", "given policy")  # origins of what a search started from
@@ -75,9 +72,7 @@ def contenders(
     reach: float | None,
     starts: Sequence[Candidate],
 ) -> list[Candidate]:
-    """Whatever meets in the finals at a target: the finalists, and allocations that are always measured.
-
-    These are the starts, the Pareto set, and every shared shape.
+    """Whatever meets in the finals at a target: the finalists, the starts, and every shared shape.
 
     The arguments are those of :func:`finalists`, and what :func:`starting_points` gave before the search.
     """
@@ -87,8 +82,6 @@ def contenders(
         if (first.origin, first.allocation.kept) != ("policy", start.allocation.kept):
             candidates = [c for c in candidates if c.allocation.kept != start.allocation.kept]
             candidates.append(start)
-    if reach is None:  # over a range, the front over sparsity is what is traded off
-        candidates = with_pareto(env, history, candidates)
     if agent.searches:
         candidates = with_every_shape(env, candidates, target)
     return candidates
@@ -150,48 +143,3 @@ def near(history: Sequence[Episode], target: float, reach: float) -> list[Episod
     distances = [abs(episode.target_sparsity - target) for episode in history]
     within = max(reach + 1e-9, min(distances))
     return [replace(e, target_sparsity=target) for e, d in zip(history, distances, strict=True) if d <= within]
-
-
-def with_pareto(env: PruningEnv, history: Sequence[Episode], chosen: Sequence[Candidate]) -> list[Candidate]:
-    """The finalists, then allocations that none of the hardest stage beats in every objective, spread over that set.
-
-    Args:
-        env: its reward says how many to add at most.
-        history: at least one episode.
-        chosen: the finalists.
-    """
-    standings = objective_standings(history)
-    if not standings:
-        return list(chosen)
-    seated = {candidate.allocation.kept for candidate in chosen}
-    added: dict[tuple[int, ...], tuple[Candidate, np.ndarray]] = {}
-    winners = non_dominated(np.array([point for _, point in standings]))
-    for (episode, point), wins in zip(standings, winners, strict=True):
-        allocation = env.budget.project(episode.action, env.sparsity)
-        if wins and allocation.kept not in seated:
-            added[allocation.kept] = Candidate(episode.action, allocation, f"episode {episode.index}"), point
-    candidates = [candidate for candidate, _ in added.values()]
-    kept = thinned(np.array([point for _, point in added.values()]), env.reward.pareto)
-    return [*chosen, *(candidates[index] for index in kept)]
-
-
-def objective_standings(history: Sequence[Episode]) -> list[tuple[Episode, np.ndarray]]:
-    """Each allocation of the hardest stage: its first episode, and its objectives relative to its own updates.
-
-    Different updates are measured on different tokens. So objectives are taken relative to the mean of their update,
-    and an allocation that came up more than once counts with the mean.
-
-    Returns:
-        nothing where the reward has less than two objectives; points have shape (objectives,).
-    """
-    eligible = [e for e in hardest(history) if len(e.objectives) > 1]
-    vectors = {e.index: np.array(list(e.objectives.values())) for e in eligible}
-    updates: dict[int, list[np.ndarray]] = defaultdict(list)
-    for episode in eligible:
-        updates[episode.update].append(vectors[episode.index])
-    found: dict[tuple[int, ...], tuple[Episode, list[np.ndarray]]] = {}
-    for episode in eligible:
-        own = updates[episode.update]
-        reference = np.mean(own if len(own) > 1 else list(vectors.values()), axis=0)
-        found.setdefault(episode.kept, (episode, []))[1].append(vectors[episode.index] - reference)
-    return [(episode, np.mean(points, axis=0)) for episode, points in found.values()]

@@ -18,7 +18,6 @@ from itertools import product
 import numpy as np
 
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
-from ffgym.plugins.bases import Reward
 from ffgym.report.paired import standard_error
 from ffgym.search.finalists import STARTS, Candidate
 from ffgym.types import OnShare
@@ -34,8 +33,7 @@ def run_finals(
     """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 
     A single candidate is chosen without being measured, and so is the first one where no windows are reserved. Where
-    the reward weighs objectives, all layers share one shape, or there is one window, all candidates are measured on
-    all windows: there are few, and what they came to is shown.
+    all layers share one shape, or there is one window, all candidates are measured on all windows: there are few.
 
     Args:
         env: measures and judges; half of what it reserves thins out, the other half decides.
@@ -48,7 +46,7 @@ def run_finals(
         return list(candidates), None, 0
     windows, examples = finals_windows(env, seed), finals_examples(env, seed)
     count = len(windows)
-    all_count = env.reward.has_objectives or env.budget.tied or count == 1
+    all_count = env.budget.tied or count == 1
     own = env.tokens(windows, examples)
     starts = sum(candidate.origin in STARTS for candidate in candidates)
     recommended = [i for i, candidate in enumerate(candidates[:RECOMMENDED]) if candidate.origin == "policy"]
@@ -80,23 +78,6 @@ def run_finals(
     shown = everywhere if all_count else deciding
     order = sorted(everyone, key=lambda i: (i == chosen, *measured.standing(i, shown)), reverse=True)
     return [measured.known(i, shown) for i in order], measured.dense_loss(chosen, shown), measured.tokens
-
-
-def finals_size(
-    finalists: int, tokens: int, recommended: int, windows: int, reward: Reward, *, is_range: bool
-) -> tuple[int, int]:
-    """About how many allocations the finals of a search measure, and on how many tokens in all.
-
-    Args:
-        finalists: candidates beside what the search started from, and beside a Pareto set.
-        tokens: reserved for the finals, their task examples included.
-        recommended, windows: as in :func:`expected_tokens`.
-        is_range: the search has a range of budgets, and adds no Pareto set.
-    """
-    if not reward.has_objectives:
-        return finalists, expected_tokens(finalists, tokens, recommended, windows)
-    count = finalists + (0 if is_range else reward.pareto)
-    return count, (count + 1) * tokens
 
 
 def expected_tokens(finalists: int, tokens: int, recommended: int, windows: int) -> int:

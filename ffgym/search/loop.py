@@ -19,7 +19,6 @@ from ffgym.plugins.manager import described
 from ffgym.search.finalists import Candidate, contenders, finalists, starting_points
 from ffgym.search.finals import run_finals
 from ffgym.search.log import Recorder
-from ffgym.search.pareto import non_dominated
 from ffgym.types import Episode, OnShare, Update
 
 
@@ -61,15 +60,6 @@ class SearchResult:
     final_tokens: int
     seconds: float
     target: float
-
-    @property
-    def pareto(self) -> tuple[Candidate, ...]:
-        """Finalists that no other one beats in every objective; empty where the reward has less than two."""
-        measured = [c for c in self.finalists if len(c.objectives) > 1]
-        if not measured:
-            return ()
-        keep = non_dominated(np.array([list(c.objectives.values()) for c in measured]))
-        return tuple(c for c, kept in zip(measured, keep, strict=True) if kept)
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -140,7 +130,7 @@ def search_front(
             num_envs=agent.update_size(settings.episodes_per_update),
             token_budget=settings.episodes * env.episode_windows * env.window_tokens,
             slope_episodes=agent.slope_episodes,
-            # Objectives are compared within an update: what they come to depends on the text and the examples.
+            # A log's objectives can then be compared within an update: they depend on the text and the examples.
             pair_text=agent.pair_text and not env.reward.has_objectives,
             on_episode=record,
             on_progress=on_progress,

@@ -288,6 +288,8 @@ def test_removed_keys_load_at_their_defaults_and_are_unknown_at_others() -> None
     """Also those that an older run folder or result holds of a plugin's options, and of that plugin alone."""
     tables = {"search": {"stop_margin": 1.0, "episodes": 8}, "agent": {"name": "evopress", "survivors": [2, 1]}}
     assert load_config(**tables) == load_config(search={"episodes": 8}, agent={"name": "evopress"})
+    weighed = {"name": "multi-objective", "cost": 0.0}
+    assert load_config(reward={**weighed, "pareto": 0}) == load_config(reward=weighed)
     assert load_config(recover={"method": "lora", "window": "auto"}) == load_config(recover={"method": "lora"})
     assert load_config(agent={"name": "evolution", "survivors": [2, 1]}).agent.options == {"survivors": [2, 1]}
     assert load_config(agent={"name": "evopress", "survivors": [3, 1]}).agent.options == {"survivors": [3, 1]}

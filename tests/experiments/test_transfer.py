@@ -53,7 +53,7 @@ def settings_file(folder: Path, **changes: Any) -> Path:
         "report": QUESTIONS,
         "rewards": {
             "perplexity": {"name": "perplexity"},
-            "multi": {"name": "multi-objective", "cost": 0.0, "examples": 4, "pareto": 0},
+            "multi": {"name": "multi-objective", "cost": 0.0, "examples": 4},
         },
         "judges": {"kl": {"name": "kl"}},
         "run": run,

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import made_up_tasks
 import numpy as np
 import pytest
-from glass_runs import FILES, WINDOW, Finished, finish, glass_config, untimed
+from glass_runs import WINDOW, Finished, finish, glass_config, untimed
 from mlflow_store import client, new_store, runs
 
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline.folder import WRITTEN
 from ffgym.pipeline.stored import read_table
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
 
 @pytest.fixture(scope="module")
-def traded(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> Iterator[Finished]:
+def traded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     folder = tmp_path_factory.mktemp("traded")
-    with pytest.MonkeyPatch.context() as patch, drawing():
+    with pytest.MonkeyPatch.context() as patch:
         made_up_tasks.install(patch)
         new_store(folder / "mlruns")
         reward = {"name": "multi-objective", "examples": 8, "resource": "kv"}
         yield finish(glass_config(folder, tracking={"enabled": True}, reward=reward, search={"episodes": 24}))
-
-
-def test_a_reward_with_several_aims_leaves_its_pareto_set(traded: Finished) -> None:
-    assert {path.name for path in traded.folder.iterdir()} == FILES | {"pareto.json", "pareto.png"} <= WRITTEN
-    assert (traded.folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    data = json.loads((traded.folder / "pareto.json").read_text())
-    assert data["objectives"] == ["perplexity_ratio", "accuracy", "kv_saved"]
-    assert data["measured_on"] == {"tokens": 512, "examples": 20}, "half of the examples are reserved for the finals"
-    assert data["dense"]["perplexity_ratio"] == 1.0
-    assert data["dense"]["kv_saved"] == 0.0
-    rows = data["pareto_set"] + data["dominated"]
-    assert len(rows) == len(traded.result.found.finalists)
-    (chosen,) = [row for row in rows if row["chosen"]]
-    allocation = json.loads((traded.folder / "allocation.json").read_text())
-    assert chosen["kept"] == allocation["kept"]
-    default = next(row for row in rows if row["origin"] == "policy")
-    assert chosen["reward"] >= default["reward"]
-    assert f"{len(data['pareto_set'])} of {len(rows)} allocations" in traded.said
 
 
 def test_its_verdict_says_that_it_is_about_perplexity_alone(traded: Finished) -> None:
@@ -60,8 +39,6 @@ def test_every_episode_is_logged_with_its_objectives(traded: Finished) -> None:
         history = client(traded.root).get_metric_history(run.info.run_id, f"search/objective/{name}")
         values = [episode.objectives[name] for episode in traded.result.found.history]
         assert [point.value for point in history] == (values if len(set(values)) > 1 else [])  # constants are no curves
-    artifacts = {file.path for file in client(traded.root).list_artifacts(run.info.run_id)}
-    assert {"pareto.json", "pareto.png"} <= artifacts
 
 
 def test_task_examples_count_as_tokens(traded: Finished) -> None:
@@ -77,7 +54,7 @@ def test_it_repeats_bit_for_bit(traded: Finished, tmp_path: Path, monkeypatch: p
     tables["tracking"] |= {"enabled": False}
     again = finish(RunConfig.model_validate(tables))
     assert untimed(again.folder / "episodes.jsonl") == untimed(traded.folder / "episodes.jsonl")
-    assert (again.folder / "pareto.json").read_text() == (traded.folder / "pareto.json").read_text()
+    assert (again.folder / "allocation.json").read_text() == (traded.folder / "allocation.json").read_text()
 
 
 def test_a_heuristic_that_earns_more_than_the_result_is_named(tmp_path: Path) -> None:
@@ -102,10 +79,9 @@ def test_what_heuristics_earn_is_not_guessed_where_accuracy_counts(traded: Finis
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_a_divergence_is_searched_on_and_leaves_no_pareto_set(tmp_path: Path, direction: str) -> None:
+def test_a_divergence_is_searched_on(tmp_path: Path, direction: str) -> None:
     agent = {"name": "reinforce", "slope_share": 0.5}
     done = finish(glass_config(tmp_path, agent=agent, reward={"name": "kl", "direction": direction}))
     history = done.result.found.history
     assert all(0 < episode.reward < 1 for episode in history)
     assert any(history[0].slopes), "reinforce follows the divergence"
-    assert not (done.folder / "pareto.json").exists()

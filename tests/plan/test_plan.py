@@ -317,7 +317,7 @@ def test_finals_of_several_recommendations_are_planned_with_more_tokens(tmp_path
     assert finals("reinforce") == pytest.approx(finals("pathwise") + 2.5 * 16_384, rel=0.05)
 
 
-def test_rewards_with_objectives_and_examples_have_longer_episodes_and_finals(tmp_path: Path) -> None:
+def test_rewards_with_examples_have_longer_episodes_and_finals(tmp_path: Path) -> None:
     folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
 
     def stages(*arguments: str) -> dict[str, dict[str, Any]]:
@@ -327,8 +327,9 @@ def test_rewards_with_objectives_and_examples_have_longer_episodes_and_finals(tm
 
     one = stages()
     weighed = stages("--reward", "multi-objective", "--set", "reward.accuracy=0", "--set", "reward.resource=kv")
-    assert weighed["finals"]["tokens"] == 2 * (8 + 8 + 1) * 16_384, "finalists, Pareto set and start, on all windows"
-    assert weighed["search"]["tokens"] == one["search"]["tokens"], "the episodes are the same"
+    assert [weighed[name]["tokens"] for name in ("search", "finals")] == [
+        one[name]["tokens"] for name in ("search", "finals")
+    ], "objectives alone take no more"
     asked = stages("--reward", "multi-objective", "--set", "reward.resource=kv")
     assert asked["finals"]["tokens"] > 1.5 * weighed["finals"]["tokens"], "256 examples go with 16 windows"
     assert asked["search"]["peak"] > weighed["search"]["peak"]

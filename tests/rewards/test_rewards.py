@@ -104,7 +104,7 @@ class TestWeights:
             self.make(perplexity=0, accuracy=0, cost=0)
         assert "--set reward.perplexity=1" in str(caught.value.hint)
 
-    @pytest.mark.parametrize("options", [{"examples": 0}, {"pareto": -1}, {"tasks": "arc_easy"}, {"weigths": 1}])
+    @pytest.mark.parametrize("options", [{"examples": 0}, {"tasks": "arc_easy"}, {"weigths": 1}])
     def test_other_options_are_checked(self, options: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=next(iter(options))):
             self.make(**options)

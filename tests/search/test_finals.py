@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from ffgym.search.finalists import (
     contenders,
     finalists,
     near,
-    objective_standings,
     starting_points,
     with_every_shape,
 )
@@ -168,14 +166,14 @@ class TestChoice:
         _, measured = self.run(env, losses, origins=origins, reserved=reserved)
         assert expected_tokens(5, reserved * 32, recommended, reserved) == 32 * len(measured)
 
-    @pytest.mark.parametrize(("cost", "expected"), [(1, 5 * 12), (0, 4 * 2 + 2 * 4 + 2 * 6)])
-    def test_where_objectives_are_weighed_all_are_measured_on_all_windows(self, env, cost, expected):
-        """Whether they are is known before the first of them is measured."""
-        env.reward = MultiObjective(MultiObjective.Config(accuracy=0, cost=cost))
+    def test_objectives_are_means_over_the_windows_that_the_reward_is_of(self, env):
+        env.reward = MultiObjective(MultiObjective.Config(accuracy=0))
         env.prices = {"macs": env.budget}
         losses = [self.about(1.0 + 0.1 * i) for i in range(5)]
-        _, measured = self.run(env, losses, origins=["policy", *(f"episode {i}" for i in range(4))])
-        assert len(measured) == expected
+        found, measured = self.run(env, losses, origins=["policy", *(f"episode {i}" for i in range(4))])
+        assert len(measured) == 4 * 2 + 2 * 4 + 2 * 6, "they are thinned out as with other rewards"
+        assert list(found[0].objectives) == ["perplexity_ratio", "macs_saved"]
+        assert found[0].reward == pytest.approx(sum(found[0].objectives.values()) / 2)
 
     def test_a_single_window_measures_all_once_and_replaces_nothing(self, env):
         losses = [self.about(loss) for loss in (1.1, 1.2, 1.0, 0.9)]
@@ -226,44 +224,3 @@ class TestNear:
         assert [e.index for e in near(history, 0.2, 0.05)] == [4, 5, 6, 7]
         assert {e.target_sparsity for e in near(history, 0.2, 0.05)} == {0.2}
         assert [e.index for e in near(history, 0.5, 0.05)] == [8, 9]
-
-
-def aimed(index, update, objectives, kept, **options):
-    named = dict(zip("ab", objectives, strict=True))
-    return replace(episode(index, update, sum(objectives), **options), objectives=named, kept=kept)
-
-
-class TestObjectives:
-    def test_are_compared_within_updates(self):
-        """(0.9, 0.9) is the worst of an easy subset, (0.4, 0.4) the best of a hard one."""
-        history = [
-            aimed(0, 0, (1.0, 1.0), (1,)),
-            aimed(1, 0, (0.9, 0.9), (2,)),
-            aimed(2, 1, (0.4, 0.4), (3,)),
-            aimed(3, 1, (0.1, 0.1), (4,)),
-        ]
-        points = {e.kept: point.tolist() for e, point in objective_standings(history)}
-        assert points == {
-            (1,): pytest.approx([0.05, 0.05]),
-            (2,): pytest.approx([-0.05, -0.05]),
-            (3,): pytest.approx([0.15, 0.15]),
-            (4,): pytest.approx([-0.15, -0.15]),
-        }
-
-    def test_an_allocation_that_came_up_twice_counts_with_its_mean(self):
-        history = [
-            aimed(0, 0, (0.5, 0.1), (1,)),
-            aimed(1, 0, (0.3, 0.3), (2,)),
-            aimed(2, 1, (0.9, 0.3), (1,)),
-            aimed(3, 1, (0.3, 0.3), (3,)),
-        ]
-        standing = {e.kept: (e.index, point.tolist()) for e, point in objective_standings(history)}
-        assert standing[(1,)] == (0, pytest.approx([0.2, -0.05]))
-
-    def test_failed_episodes_and_easier_stages_stay_out(self):
-        history = [
-            aimed(0, 0, (0.5, 0.5), (1,), sparsity=0.1),
-            aimed(1, 1, (0.5, 0.1), (2,)),
-            replace(episode(2, 1, 0.0), kept=(3,), failed=True),
-        ]
-        assert [e.index for e, _ in objective_standings(history)] == [1]

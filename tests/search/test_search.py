@@ -16,7 +16,6 @@ from ffgym.agents.one_shot import OneShot
 from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import SearchTable
 from ffgym.costs.resource import standard_costs
-from ffgym.envs.pruning_env import Trial
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import DataError, PluginError
 from ffgym.evaluation.perplexity import evaluate
@@ -163,7 +162,7 @@ class Traded(Reward):
         return {"ratio": math.exp(dense.loss - pruned.loss), "kv_kept": pruned.costs["kv"] / dense.costs["kv"]}
 
 
-class TestPareto:
+class TestObjectives:
     @pytest.fixture
     def traded(self, make_env):
         env = make_env(sparsity=0.3)
@@ -171,44 +170,6 @@ class TestPareto:
         kv = standard_costs(env.prunable.model, context=1024)["kv"]
         env.prices = {"kv": Budget(env.prunable.sublayers, kv.tables)}
         return env
-
-    def test_what_no_other_beats_is_measured_again_beside_the_finalists(self, traded):
-        settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
-        found = searched(traded, settings=settings, schedule=Schedule(0.3, 2))
-        assert 2 < len(found.finalists) <= 2 + traded.reward.pareto
-        assert len({c.allocation.kept for c in found.finalists}) == len(found.finalists)
-        assert found.final_tokens == len(found.finalists) * 160
-        subset = finals_windows(traded, 3)
-        for candidate in found.finalists:
-            (outcome,) = traded.outcomes([Trial(candidate.allocation, subset)])
-            assert candidate.loss == pytest.approx(outcome.pruned.loss, rel=1e-6)
-            assert candidate.objectives.keys() == outcome.objectives.keys()
-
-    def test_what_nothing_dominates_is_named(self, traded):
-        found = searched(traded, settings=SETTINGS.model_copy(update={"episodes": 40}), schedule=Schedule(0.3, 2))
-        rewards = [c.reward for c in found.finalists[1:]]
-        assert rewards == sorted(rewards, reverse=True)
-        assert found.best is found.finalists[0]
-        winners = {c.origin for c in found.pareto}
-        vectors = {c.origin: tuple(c.objectives.values()) for c in found.finalists}
-        for candidate in found.finalists:
-            beaten = any(
-                all(x >= y for x, y in zip(vectors[o.origin], vectors[candidate.origin], strict=True))
-                and vectors[o.origin] != vectors[candidate.origin]
-                for o in found.finalists
-            )
-            assert beaten != (candidate.origin in winners)
-
-    def test_a_reward_with_one_aim_has_none_and_measures_nothing_more(self, env):
-        found = searched(env)
-        assert found.pareto == ()
-        assert len(found.finalists) == 3
-        assert [c.objectives for c in found.finalists] == [{}] * 3
-
-    def test_at_most_as_many_as_the_reward_says(self, traded):
-        traded.reward.pareto = 0
-        settings = SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
-        assert len(searched(traded, settings=settings).finalists) == 2
 
     def test_a_search_that_is_read_from_its_log_ends_in_the_same_finals(self, traded, make_env, tmp_path):
         log, settings = tmp_path / "episodes.jsonl", SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
