@@ -50,7 +50,6 @@ REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults 
     "agent.evopress": {"step": 0.2, "switches": 3, "survivors": [2, 1]},
     "prior.skip-ends": {"first": 3, "last": 1},
     "prior.owl": {"threshold": 5.0, "span": 0.08},
-    "prior.alpha": {"tail": 0.5},
     "prior.gate-scaling": {"span": 0.15},
 }
 

@@ -89,7 +89,6 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "skip-ends": BuiltIn("ffgym.heuristics.skip_ends:SkipEnds", "keeps both ends whole, cuts the rest equally"),
         "flap": BuiltIn("ffgym.heuristics.flap:Flap", "one global threshold on standardised fluctuation scores"),
         "owl": BuiltIn("ffgym.heuristics.owl:Owl", "cuts less where |W| times the inputs' norm has more outliers"),
-        "alpha": BuiltIn("ffgym.heuristics.alpha:Alpha", "cuts less where the weight's spectrum has a heavier tail"),
         "gate-scaling": BuiltIn(
             "ffgym.heuristics.gate_scaling:GateScaling", "cuts less where the loss depends more on the output"
         ),

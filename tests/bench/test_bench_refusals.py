@@ -167,12 +167,12 @@ def test_episodes_of_a_part_of_a_window_cost_the_whole(tmp_path: Path) -> None:
 def test_a_variants_plugin_takes_no_options_of_the_one_it_replaces(tmp_path: Path) -> None:
     file = bench_file(
         tmp_path,
-        tables={"agent": {"name": "reinforce", "learning_rate": 1.0}, "prior": {"name": "alpha", "span": 0.3}},
+        tables={"agent": {"name": "reinforce", "learning_rate": 1.0}, "prior": {"name": "mlp-first", "spare_first": 2}},
         agents=["reinforce", "ppo", "owl-prior"],
         variants={"owl-prior": {"agent": {"name": "reinforce", "smooth": 0.5}, "prior": {"name": "owl"}}},
     )
     plain, ppo, owl = (cell.config for cell in read_bench(file).cells)
-    assert (plain.agent.options["learning_rate"], plain.prior.options["span"]) == (1.0, 0.3)
+    assert (plain.agent.options["learning_rate"], plain.prior.options["spare_first"]) == (1.0, 2)
     assert ppo.agent.options["learning_rate"] == 0.003
     assert (owl.agent.options["learning_rate"], owl.agent.options["smooth"]) == (1.0, 0.5)
     assert owl.prior.options == {}

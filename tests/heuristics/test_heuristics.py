@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from ffgym.errors import ConfigError
-from ffgym.heuristics.alpha import Alpha, eigenvalues, hill_exponent
 from ffgym.heuristics.fisher import Fisher
 from ffgym.heuristics.flap import Flap, keep_ratios, standardised_units
 from ffgym.heuristics.gate_scaling import GateScaling, gate_sensitivity
@@ -76,7 +74,7 @@ def test_shallow_models_spare_proportionally_less(first: int, last: int, depth: 
     assert fitting_ends(first, last, depth) == expected
 
 
-@pytest.mark.parametrize("cls", [Flap, Owl, Alpha, GateScaling])
+@pytest.mark.parametrize("cls", [Flap, Owl, GateScaling])
 def test_importances_follow_a_permutation_of_sublayers(cls: type[Heuristic]) -> None:
     views = toy_views(4, cls.needs)
     order = np.random.default_rng(0).permutation(len(views))
@@ -84,14 +82,14 @@ def test_importances_follow_a_permutation_of_sublayers(cls: type[Heuristic]) -> 
     np.testing.assert_allclose(permuted, cls().importance(views)[order], atol=1e-12)
 
 
-@pytest.mark.parametrize("cls", [Flap, Owl, Alpha, GateScaling])
+@pytest.mark.parametrize("cls", [Flap, Owl, GateScaling])
 def test_equal_sublayers_get_equal_importances(cls: type[Heuristic]) -> None:
     view = toy_views(1, cls.needs)[1]
     importance = cls().importance([view] * 4)
     np.testing.assert_allclose(importance, importance[0], atol=0.05)  # flap's cut falls within a unit
 
 
-@pytest.mark.parametrize(("cls", "span"), [(Owl, 0.08), (Alpha, 0.06), (GateScaling, 0.15)])
+@pytest.mark.parametrize(("cls", "span"), [(Owl, 0.08), (GateScaling, 0.15)])
 def test_keep_ratios_differ_by_twice_the_span(cls: type[Heuristic], span: float) -> None:
     ratios = (cls().importance(toy_views(4, cls.needs)) + 1) / 2
     assert np.ptp(ratios) == pytest.approx(2 * span)
@@ -168,42 +166,6 @@ def test_spread_is_linear_around_the_middle() -> None:
     np.testing.assert_array_equal(spread([3.0, 3.0], 0.25), [0.0, 0.0])
 
 
-@pytest.mark.parametrize("alpha", [1.5, 2.0, 4.0])
-def test_hill_recovers_the_exponent_of_a_power_law(alpha: float) -> None:
-    n = 4000
-    quantiles = (np.arange(n) + 0.5) / n
-    assert hill_exponent((1 - quantiles) ** (-1 / (alpha - 1))) == pytest.approx(alpha, rel=0.01)
-
-
-def test_hill_looks_at_the_larger_half() -> None:
-    by_hand = 1 + 4 / sum(math.log(value / 4) for value in (5, 6, 7, 8))
-    assert hill_exponent(np.arange(1.0, 9.0)) == pytest.approx(by_hand)
-
-
-def test_alpha_keeps_more_of_the_heavier_tail() -> None:
-    flat, heavy = toy_views(1, frozenset())
-    flat = replace(flat, weight=torch.diag(torch.linspace(1.0, 1.2, 16)))
-    heavy = replace(heavy, weight=torch.diag(torch.logspace(0, 2, 16)))
-    np.testing.assert_allclose(Alpha().importance([flat, heavy]), [-0.12, 0.12])
-
-
-def test_alpha_treats_spectra_without_a_tail_as_the_lightest() -> None:
-    heavy, light = toy_views(1, frozenset())
-    heavy = replace(heavy, weight=torch.diag(torch.logspace(0, 2, 16)))
-    light = replace(light, weight=torch.diag(torch.logspace(0, 1, 16)))
-    for weight in (torch.zeros(4, 6), torch.eye(4), torch.ones(1, 4)):
-        odd = replace(heavy, weight=weight)
-        np.testing.assert_allclose(Alpha().importance([odd, heavy, light]), [-0.12, 0.12, -0.12])
-        np.testing.assert_array_equal(Alpha().importance([odd, odd]), [0, 0])
-
-
-def test_eigenvalues_are_squared_singular_values_without_the_null_space() -> None:
-    weight = torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    np.testing.assert_allclose(eigenvalues(weight), [4.0, 9.0])
-    np.testing.assert_allclose(eigenvalues(weight.T), [4.0, 9.0])
-    np.testing.assert_allclose(eigenvalues(torch.ones(3, 5, dtype=torch.bfloat16)), [15.0])
-
-
 def test_gate_sensitivity_is_the_derivative_of_a_factor_on_the_output() -> None:
     view = toy_views(1, GateScaling.needs)[1]
     x, target = torch.randn(20, view.weight.shape[1]), torch.randn(20, view.weight.shape[0])
@@ -215,7 +177,7 @@ def test_gate_sensitivity_is_the_derivative_of_a_factor_on_the_output() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "options"), [("flap", {"reference": 1}), ("alpha", {"span": 0.6})])
+@pytest.mark.parametrize(("name", "options"), [("flap", {"reference": 1}), ("mlp-first", {"spare_first": -1})])
 def test_impossible_options_are_refused_by_name(name: str, options: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"prior\.{next(iter(options))}"):
         manager.create("heuristic", name, options)
