@@ -149,7 +149,7 @@ class ServingMeasurement:
         if self.arguments:
             lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")
         if self.cache_tokens:
-            sizes = ", ".join(f"{model} {tokens:,}" for model, tokens in self.cache_tokens.items())
+            sizes = "; ".join(f"{model} {tokens:,}" for model, tokens in self.cache_tokens.items())
             lines.append(f"Tokens that the KV cache holds: {sizes}.")
         return lines
 

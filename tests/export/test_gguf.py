@@ -434,7 +434,9 @@ def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
     assert "'q4_0'" in error.message
     assert error.hint == "Use one of f32, f16, bf16; for fewer bits, quantise an f16 file with llama-quantize."
-    assert "Did you mean bf16? " in str(refused(pruned("llama", UNEVEN), tmp_path / "again", dtype="bfloat16").hint)
+    for index, (given, near) in enumerate({"bfloat16": "bf16", "F16": "f16", "Float32": "f32"}.items()):
+        again = tmp_path / str(index)
+        assert f"Did you mean {near}? " in str(refused(pruned("llama", UNEVEN), again, dtype=given).hint)
 
 
 def edit(path: Path, **changes: Any) -> None:

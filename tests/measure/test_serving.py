@@ -404,3 +404,4 @@ def test_options_that_do_not_go_together_are_usage_errors(pruned: Path, given: l
     done = ask(str(pruned), *given)
     assert done.exit_code == 2
     assert said in " ".join(done.stderr.replace("│", " ").split())
+    assert "KV cache holds: dense 12,345; dense, as pruned 12,345; pruned 12,345." in said

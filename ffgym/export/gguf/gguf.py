@@ -77,9 +77,8 @@ class Gguf(ExportFormat):
         """
         place, dtype = target.resolve(), self.config.dtype
         if dtype is not None and dtype not in DTYPES:
-            near = next(
-                (f"Did you mean {name}? " for name, (kind, *_) in DTYPES.items() if f"torch.{dtype}" == str(kind)), ""
-            )
+            names = {name: (name, str(kind).removeprefix("torch.")) for name, (kind, *_) in DTYPES.items()}
+            near = next((f"Did you mean {name}? " for name, known in names.items() if dtype.lower() in known), "")
             raise ModelError(
                 f"GGUF dtype {dtype!r} is unknown",
                 hint=f"{near}Use one of {', '.join(DTYPES)}; for fewer bits, quantise an f16 file with llama-quantize.",
