@@ -74,6 +74,12 @@ class Served:
     ratio: Spread
     backend_ratio: Spread | None
 
+    @property
+    def noise(self) -> float:
+        """Distance of the quartiles of a ratio as a share of it, the larger one where there are two."""
+        ratios = [self.ratio] if self.backend_ratio is None else [self.ratio, self.backend_ratio]
+        return max((ratio.high - ratio.low) / ratio.median for ratio in ratios)
+
 
 @dataclass(frozen=True)
 class ServingMeasurement:
@@ -103,12 +109,6 @@ class ServingMeasurement:
     repetitions: int
     together: bool
     arguments: tuple[str, ...]
-
-    @property
-    def noise(self) -> float:
-        """Distance of the quartiles of a ratio to the dense model as a share of it, the median over all ratios."""
-        ratios = [each.ratio for each in self.served if each.model != DENSE]
-        return float(np.median([(ratio.high - ratio.low) / ratio.median for ratio in ratios]))
 
     def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
         """Speeds, then ratios, how all was measured under them."""
@@ -141,10 +141,12 @@ class ServingMeasurement:
             f"{figures} {tokens} tokens an answer, as the server counts them. Ratios are those within a repetition."
             + (f" Dense, as pruned: {AS_PRUNED}." if any(each.backend_ratio for each in self.served) else ""),
         ]
-        if self.noise > BUSY:
+        noisiest = max(self.served, key=lambda each: each.noise)
+        if noisiest.noise > BUSY:
+            workload, model = _names(noisiest)
             lines.append(
-                f"The ratios differ by {self.noise:.0%} from quartile to quartile: the machine was busy. Measure again"
-                " when it is quiet."
+                f"The ratio of {model!r} at {workload} differs by {noisiest.noise:.0%} from quartile to quartile: the"
+                " machine was busy. Measure again when it is quiet."
             )
         if self.arguments:
             lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -212,15 +213,18 @@ def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log:
 
 
 @pytest.mark.parametrize(("low", "is_busy"), [(0.9, False), (0.7, True)])
-def test_a_busy_machine_is_said_where_repetitions_differ(low: float, is_busy: bool) -> None:
-    one, ratio = Spread(1.0, 1.0, 1.0), Spread(1.0, low, 1.0)
-    served = [Served(model, Workload(1, 16), one, one, one, ratio, None) for model in ("dense", "pruned")]
+def test_a_busy_machine_is_said_where_one_ratio_differs_among_repetitions(low: float, is_busy: bool) -> None:
+    one = Spread(1.0, 1.0, 1.0)
+    loads = [Workload(count, 16) for count in (1, 2, 4)]
+    served = [Served(model, load, one, one, one, one, one) for load in loads for model in ("dense", "pruned")]
+    served[3] = replace(served[3], backend_ratio=Spread(1.0, low, 1.0))
     facts: dict[str, Any] = {"cache_tokens": {}, "device": "x", "processors": 1, "threads": 1, "dtype": "float32"}
     found = ServingMeasurement(
-        "vllm", "a", "b", (served[0], served[1]), (4, 4), repetitions=2, together=True, arguments=(), **facts
+        "vllm", "a", "b", tuple(served), (4, 4), repetitions=2, together=True, arguments=(), **facts
     )
     notes = " ".join(found.tables()[1].notes)
-    assert ("The ratios differ by 30% from quartile to quartile: the machine was busy." in notes) == is_busy
+    busy = "The ratio of 'pruned' at 2 x 16 differs by 30% from quartile to quartile: the machine was busy."
+    assert (busy in notes) == is_busy
 
 
 # what is refused
