@@ -81,6 +81,7 @@ def serve_in_turn(
     setting: Setting,
     *,
     together: bool,
+    on_started: Callable[[], None],
     on_progress: Callable[[int, str], None],
 ) -> tuple[Bursts, dict[str, int]]:
     """Serve every workload several times, each time by all servers, and once more after a server's start.
@@ -90,6 +91,7 @@ def serve_in_turn(
         prompt: makes a prompt of so many tokens from a seed.
         setting: how long answers are, how often all is repeated, and where what servers print goes.
         together: all servers run at the same time; else each is started for its turn.
+        on_started: called once all servers run at the same time.
         on_progress: called with the number of bursts that have just been counted, and what is going on.
 
     Returns:
@@ -119,10 +121,11 @@ def serve_in_turn(
             if (tokens := up[server.role].cache_tokens) is not None:
                 cache_tokens[server.role] = tokens
 
-        for server in servers if together else ():  # warmed up before any turn is measured
-            start(server)
         order = list(product(range(setting.repetitions), servers, workloads))
         if together:
+            for server in servers:  # warmed up before any turn is measured
+                start(server)
+            on_started()
             order.sort(key=lambda turn: (turn[0], workloads.index(turn[2])))
         for repetition, server, workload in order:
             if server.role not in up:

@@ -150,6 +150,7 @@ def _timed(
             prompt_maker(loaded.tokenizer),
             setting,
             together=together,
+            on_started=stage.restart,
             on_progress=stage.advance,
         )
     seconds = {role: np.array([burst.seconds for burst in bursts]) for (role, _), bursts in found.items()}

@@ -197,6 +197,7 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
                 prompt_maker(load_tokenizer(pruned)),
                 setting,
                 together=together,
+                on_started=stage.restart,
                 on_progress=stage.advance,
             )
     tokens = [answer.tokens for bursts in found.values() for burst in bursts for answer in burst.answers]

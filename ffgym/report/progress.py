@@ -8,6 +8,7 @@ A terminal shows how far the whole job is, and below it the stage at work::
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,8 @@ class Stage:
             self._known += steps
             if self._plan is not None:
                 self._plan.save(steps / self.total)
+        if note and not self._note and not steps:  # what it begins with may take minutes
+            self._last = -math.inf
         self._note = note or self._note
         self._print_line()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,3 +45,17 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLLM_PYTHON", str(python))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "asked.jsonl"))
     return tmp_path / "asked.jsonl"
+
+
+@pytest.fixture
+def slow_start(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is not a terminal; by the clock, a server that is said to be starting there takes hours."""
+    hours, now = [0], time.monotonic
+
+    class Output(io.StringIO):
+        def write(self, text: str) -> int:
+            hours[0] += 3 * text.count("starting: ")
+            return super().write(text)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 3600 * hours[0])
+    return Output()

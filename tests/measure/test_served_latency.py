@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,6 +96,13 @@ def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> 
     assert "2 requests at the same moment, prompts of 22 tokens and answers of 2" in table.measured
     timed(requests=1)
     assert len(noted(log, "started")) == 2 * started
+
+
+def test_what_servers_take_to_start_says_nothing_of_how_long_they_serve(log: Path, slow_start: io.StringIO) -> None:
+    served_latency_table(GLASS, "vllm", **QUICK, progress=Console(file=slow_start))
+    said = slow_start.getvalue()
+    assert re.findall("1/.* bursts · serving: dense · .* left\n", said)
+    assert all(re.fullmatch(r"\d+:\d\d", left) for left in re.findall("· ([^·]*) left\n", said)), "not hours or days"
 
 
 def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,6 +212,18 @@ def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log:
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr
     assert_no_process_is_left(log)
+
+
+def test_what_servers_take_to_start_says_nothing_of_how_long_they_serve(
+    pruned: Path, log: Path, slow_start: io.StringIO
+) -> None:
+    measure_serving(options(pruned, repetitions=2), progress=Console(file=slow_start))
+    said = slow_start.getvalue()
+    assert re.findall("(.*) · starting: (.*) · .* elapsed\n", said) == [
+        ("serve, in turn: 0/6 bursts", role) for role in ROLES
+    ], "of the first one, too"
+    assert re.findall("1/6 bursts · serving: dense · .* left\n", said)
+    assert all(re.fullmatch(r"\d+:\d\d", left) for left in re.findall("· ([^·]*) left\n", said)), "not hours or days"
 
 
 @pytest.mark.parametrize(("low", "is_busy"), [(0.9, False), (0.7, True)])

@@ -43,6 +43,14 @@ def test_without_a_terminal_a_stage_is_one_line_when_it_ends() -> None:
     assert text(out) == "measure: done in 0:00\n"
 
 
+def test_what_a_stage_begins_with_is_said_at_once() -> None:
+    out = console()
+    with Reporter(out).stage("serve", 2, "bursts") as stage:
+        for role in ("dense", "pruned"):
+            stage.advance(0, f"starting: {role}")
+        assert text(out).splitlines() == ["serve: 0/2 bursts · starting: dense · 0:00 elapsed"]
+
+
 def test_a_long_stage_says_now_and_then_how_far_it_is(at: Callable[[float], None]) -> None:
     out = console()
     with Reporter(out).stage("search", 8192, "tokens") as stage:
