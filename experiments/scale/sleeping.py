@@ -68,6 +68,9 @@ class SleepingCrew:
     def share(self, worker: int) -> float:
         return self._shares.get(worker, 0.0)
 
+    def shortage(self) -> str:
+        return ""
+
     def hear(self, seconds: float) -> list[News]:
         heard: list[tuple[int, News]] = []
         until = time.monotonic() + seconds

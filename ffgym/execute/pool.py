@@ -16,6 +16,7 @@ from ffgym.report.layout import counted
 
 LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
+SILENT_SECONDS = 60.0  # without news while no worker works: then the user is told what they wait for
 START_SECONDS = 1800.0  # that workers may take to start while no other one works
 ATTEMPTS = 3  # of starting Ray, of starting a worker, and of a job
 KEPT = "What was measured is kept: `--resume` continues a run, the same command a bench."
@@ -76,6 +77,9 @@ class Crew(Protocol):
     def share(self, worker: int) -> float:
         """How much of its job a worker has done, from 0 to 1, as far as is known."""
 
+    def shortage(self) -> str:
+        """What the workers that are starting wait for; empty where one of them is being loaded."""
+
 
 class Queue(Protocol):
     """Hands out jobs."""
@@ -132,6 +136,7 @@ class Pool:
         self._busy: dict[int, _Busy] = {}
         self._attempts = dict.fromkeys(range(size), 0)
         self._heard = time.monotonic()
+        self._is_explained = False
         self._is_closed = False
 
     def work(self, queue: Queue, wanted: int, on_tick: Callable[[], None] | None = None) -> None:
@@ -148,6 +153,7 @@ class Pool:
         if self._is_closed:
             raise WorkerError("this environment is closed, and its workers have ended", hint="Make it again.")
         self._heard = time.monotonic()
+        self._is_explained = False
         there = self._starting | self._ready | self._busy.keys() | self._paused.keys()
         if missing := [worker for worker in range(min(wanted, self.size)) if worker not in there]:
             self._notify(f"loading the model in {counted(len(missing), 'worker')}")
@@ -238,10 +244,16 @@ class Pool:
             patience = job.queue.patience(worker)
             if patience is not None and now - job.moved > patience:
                 self._replace(worker, f"did nothing for {now - job.moved:,.0f} s")
-        if not self._busy and not self._ready and now - self._heard > START_SECONDS:
+        if self._busy or self._ready:
+            return
+        if now - self._heard > START_SECONDS:
             raise WorkerError(
                 f"no worker has started within {START_SECONDS:,.0f} s", hint=f"Is the cluster full? {KEPT}"
             )
+        if now - self._heard > SILENT_SECONDS and not self._is_explained:
+            self._is_explained = True
+            if shortage := self._crew.shortage():
+                self._notify(f"no worker has started yet: {shortage}; waiting for {START_SECONDS / 60:.0f} min at most")
 
 
 def too_often(what: str) -> FFGymError:

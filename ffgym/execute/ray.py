@@ -44,6 +44,7 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of gRPC's proto
 WATCH_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # numbers are all that it holds
 END_SECONDS = 1.0  # that Ray has for ending a worker
+PLACE_SECONDS = 5.0  # that a worker's process may take to say that it is there
 CALLS = 3  # that a worker answers at a time: a job, a watch, an interrupt
 SENT = ("FFGYM_", "HF_", "MLFLOW_")  # variables of which a worker has this process's, and none of its machine's
 QUIET = {
@@ -333,7 +334,7 @@ class RayCrew:
         self, ray: Any, make: Make, options: dict[str, Any], threads: int, on_line: Callable[[str], None]
     ) -> None:
         self._ray = ray
-        self._make, self._threads, self._on_line = make, threads, on_line
+        self._make, self._options, self._threads, self._on_line = make, options, threads, on_line
         # As arguments of a call: what Ray calls a runtime environment, it writes into its logs, and some are secrets.
         self._settings = {key: value for key, value in os.environ.items() if key.startswith(SENT)}
         actor = ray.remote(max_concurrency=CALLS)(_actor())
@@ -379,6 +380,18 @@ class RayCrew:
     def share(self, worker: int) -> float:
         """How much of its job a worker has done, see `Crew`."""
         return self._shares.get(worker, 0.0)
+
+    def shortage(self) -> str:
+        """What the workers that are starting wait for, see `Crew`."""
+        asked = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
+        wanted = {kind: number for kind, number in asked.items() if number}
+        answers = [actor.here.remote() for actor in self._actors.values()]
+        if not wanted or not answers or self._ray.wait(answers, timeout=PLACE_SECONDS)[0]:
+            return ""
+        free = self._ray.available_resources()
+        needed = " and ".join(counted(number, kind) for kind, number in wanted.items())
+        left = " and ".join(counted(int(free.get(kind, 0)), kind) for kind in wanted)
+        return f"each needs {needed}, and the cluster has {left} free"
 
     def hear(self, seconds: float) -> list[News]:
         """What has happened, see `Crew`."""
@@ -474,6 +487,9 @@ def _actor() -> type:
 
         def call(self, method: str, *arguments: Any) -> Any:
             return getattr(self.process, method)(*arguments)
+
+        def here(self) -> None:
+            """Answer at once, even while the model is being loaded."""
 
     return _Worker
 

@@ -135,6 +135,19 @@ def test_loading_that_no_worker_survives_stops(monkeypatch: pytest.MonkeyPatch) 
         update(crew, 1, requests(2))
 
 
+@pytest.mark.parametrize("shortage", ["the cluster is full", ""])
+def test_what_workers_wait_for_is_told_once(shortage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waiting(SleepingCrew):
+        def shortage(self) -> str:
+            return shortage
+
+    monkeypatch.setattr("ffgym.execute.pool.SILENT_SECONDS", MOMENT)
+    said: list[str] = []
+    update(Waiting(lambda worker: 0.0, loading=0.5), 2, requests(2), said=said)
+    why = ["no worker has started yet: the cluster is full; waiting for 30 min at most"] if shortage else []
+    assert said == ["loading the model in 2 workers", *why]
+
+
 def test_what_a_job_raises_ends_the_work() -> None:
     class Broken(SleepingCrew):
         def give(self, worker: int, job: Any) -> None:

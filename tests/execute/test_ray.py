@@ -196,6 +196,26 @@ def test_a_worker_that_dies_at_work_or_while_loading_is_replaced(executor: Stand
     assert all(re.fullmatch(lost, line) for line in executor.said)
 
 
+def test_a_cluster_that_is_full_is_waited_for(executor: Standins, tmp_path: Path) -> None:
+    import ray
+
+    others = ray.util.placement_group([{"CPU": 4}])  # what the workers of this module leave
+    assert others.wait()
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "CPU" in line:
+            ray.util.remove_placement_group(others)
+
+    with pytest.MonkeyPatch.context() as patch, connected(Workers(2), say) as cluster:
+        patch.setattr("ffgym.execute.pool.SILENT_SECONDS", 0.0)
+        assert losses(cluster.executor(Standin(tmp_path), Standin(tmp_path, is_worker=False), DENSE)) == LOSSES
+    assert said[1:] == [
+        "no worker has started yet: each needs 1 CPU, and the cluster has 0 CPUs free; waiting for 30 min at most"
+    ]
+
+
 def test_what_a_worker_raises_arrives_with_its_traceback_and_why_none_loads(executor: Standins) -> None:
     (executor.folder / "raise").touch()
     with pytest.raises(ZeroDivisionError, match="a mistake") as raised:
