@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 import ffgym
 from ffgym.cli.app import app, main
-from ffgym.config.tables import RunConfig
-from ffgym.config.toml import load_config
+from ffgym.config.tables import RunConfig, WorkersTable
+from ffgym.config.toml import load_config, to_toml
 from ffgym.plugins import discovery, kinds, manager
 from ffgym.prepare import configured
 
@@ -379,6 +379,16 @@ def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
     replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=broken)
     assert isinstance(call("run").exception, RuntimeError)
+
+
+def test_a_run_of_a_cluster_goes_on_in_one_process(runner: list[RunConfig], tmp_path: Path) -> None:
+    began = load_config(workers={"count": 2, "ray_address": "auto"}, output={"dir": str(tmp_path)})
+    (tmp_path / "config.toml").write_text(to_toml(began), "utf-8")
+    done = call("run", "--resume", str(tmp_path), "--workers", "1")
+    assert done.exit_code == 0, done.output
+    assert runner[0].workers == WorkersTable()
+    refused = call("run", "--resume", str(tmp_path), "--workers", "1", "--ray-address", "auto")
+    assert "workers.count = 1" in refused.stderr
 
 
 # config, ls, plugins, ui

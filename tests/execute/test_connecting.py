@@ -15,7 +15,7 @@ from processes import free_port
 from rich.console import Console
 
 from ffgym.config.tables import WorkersTable
-from ffgym.config.toml import load_config
+from ffgym.config.toml import load_config, to_toml
 from ffgym.errors import ConfigError, OutputError, WorkerError
 from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline.pipeline import run
@@ -46,6 +46,15 @@ def test_an_address_without_workers() -> None:
     with pytest.raises(ConfigError, match=r"workers\.ray_address = 'auto' with workers\.count = 1") as raised:
         load_config(workers={"ray_address": "auto"})
     assert "--workers 2" in str(raised.value.hint)
+
+
+def test_one_worker_leaves_the_cluster_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(load_config(workers={"count": 2, "ray_address": "auto", "gpus": 0})), encoding="utf-8")
+    assert load_config(file, workers={"count": 1}).workers == WorkersTable(gpus=0)
+    assert load_config(file, workers={"count": 3}).workers.ray_address == "auto"
+    with pytest.raises(ConfigError, match="one worker is this process"):
+        load_config(file, workers={"count": 1, "ray_address": "auto"})
 
 
 NOBODY, NO_ONE = (f"127.0.0.1:{free_port()}" for _ in range(2))
