@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,12 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_enable_metrics_collection": "0",
+}
+HINTS = {  # for what a cluster answers
+    "client connection timeout": "If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token). Clients have a "
+    "port of their own: 10001, unless ray start --ray-client-server-port names another.",
+    "client server failed": "The head was too slow to start a server for this client: try again, or start the command "
+    "on a machine of the cluster.",
 }
 
 Report = Callable[[float], None]
@@ -243,15 +250,18 @@ def _begin(ray: Any, address: str | None, notify: Callable[[str], None]) -> None
         own = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
         _start(ray, {"address": "local", **own, **quiet}, notify)
         return
-    hint = "Start one with ray start --head, or leave --ray-address out to use this machine alone."
+    hint = "Start one with ray start --head, or give --ray-address '' to use this machine alone."
     at = _noted() if address == "auto" else address
     if at is None:
         raise WorkerError("no Ray cluster has been started on this machine", hint=hint)
     _probe(at, hint)
     try:
-        ray.init(address=address, **quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's client also warns of what it raises
+            ray.init(address=address, **quiet)
     except Exception as error:
-        hint = "It needs the same Python and Ray. If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token)."
+        hint = "If it asks for a token, set RAY_AUTH_MODE=token (ray get-auth-token). It needs the same Python and Ray."
+        hint = next((known for words, known in HINTS.items() if words in str(error)), hint)
         hint = "Install the extra 'ray', on its machines too." if isinstance(error, ImportError) else hint
         raise WorkerError(f"cannot join the Ray cluster at {at}: {first_line(error)}", hint=hint) from None
 
@@ -265,8 +275,10 @@ def _start(ray: Any, options: dict[str, Any], notify: Callable[[str], None]) -> 
             return
         except Exception as error:
             _clear(ray, earlier)
-            if attempt == ATTEMPTS:
+            is_long = "AF_UNIX path length" in str(error)
+            if attempt == ATTEMPTS or is_long:
                 hint = "If the machine is very busy, run it again later; or leave --workers out."
+                hint = "TMPDIR is too long for Ray's sockets: set RAY_TMPDIR=/tmp." if is_long else hint
                 raise WorkerError(f"Ray did not start on this machine: {first_line(error)}", hint=hint) from error
             notify(f"Ray did not start ({first_line(error)}): trying again")
 

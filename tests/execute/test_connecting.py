@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from threading import Thread
 from typing import Any
 
@@ -64,7 +66,9 @@ NOBODY, NO_ONE = (f"127.0.0.1:{free_port()}" for _ in range(2))
     "address", [NOBODY, f"ray://{NOBODY}", "no.such.host.invalid:6379"], ids=["port", "ray", "host"]
 )
 def test_an_address_that_nobody_answers(address: str) -> None:
-    assert refusal(WorkersTable(count=2, ray_address=address)).startswith(f"no Ray cluster answers at {address}: ")
+    said = refusal(WorkersTable(count=2, ray_address=address))
+    assert said.startswith(f"no Ray cluster answers at {address}: ")
+    assert "--ray-address ''" in said, "of a run that is resumed, it cannot be left out"
 
 
 def test_an_address_where_something_else_listens() -> None:
@@ -74,6 +78,52 @@ def test_an_address_where_something_else_listens() -> None:
         said = refusal(WorkersTable(count=2, ray_address=address))
         server.shutdown()
     assert said.startswith(f"no Ray cluster answers at {address}: something else listens there")
+
+
+class SpeaksGrpc(BaseRequestHandler):
+    """Says as much as tells a Ray from anything else."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"\0\0\0\4\0\0\0\0\0")
+
+
+@pytest.mark.parametrize(
+    ("answer", "hints"),
+    [
+        ("ray client connection timeout", ["RAY_AUTH_MODE=token", "10001"]),  # the cluster does not say which
+        ("Starting Ray client server failed. See ray_client_server_23000.err for detailed logs.", ["too slow"]),
+        ("a version mismatch", ["RAY_AUTH_MODE=token", "the same Python and Ray"]),
+    ],
+    ids=["timeout", "server", "other"],
+)
+def test_a_cluster_that_cannot_be_joined(answer: str, hints: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
+
+    def init(**options: Any) -> None:
+        warnings.warn("as Ray's client does", stacklevel=1)
+        raise ConnectionError(answer)
+
+    monkeypatch.setattr(ray, "init", init)
+    with ThreadingTCPServer(("127.0.0.1", 0), SpeaksGrpc) as server, warnings.catch_warnings(record=True) as warned:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"ray://127.0.0.1:{server.server_address[1]}"
+        said = refusal(WorkersTable(count=2, ray_address=address))
+        server.shutdown()
+    assert said.startswith(f"cannot join the Ray cluster at {address}: {answer}")
+    assert all(hint in said for hint in hints)
+    assert ("Python" in said) == ("Python" in hints[-1])
+    assert not warned
+
+
+def test_a_temporary_folder_that_is_too_long_for_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 80)))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray makes a token, and sets this
+    said: list[str] = []
+    with pytest.raises(WorkerError, match="Ray did not start") as raised, connected(Workers(2), said.append):
+        pass
+    assert "RAY_TMPDIR=/tmp" in str(raised.value.hint)
+    assert len(said) == 1, "it is not tried again"
 
 
 def test_a_word_is_no_ray_address() -> None:
