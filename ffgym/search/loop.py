@@ -42,8 +42,7 @@ class SearchResult:
     """The result of a search.
 
     Attributes:
-        best: the chosen candidate.
-        finalists: the candidates that were measured again, best first.
+        finalists: the candidates that were measured again, the chosen one first.
         dense_loss: dense loss on the windows that the candidates' losses are of; ``None`` where no finals were run.
         history: every episode.
         search_tokens: tokens that the agent's episodes took.
@@ -52,7 +51,6 @@ class SearchResult:
         target: the target sparsity of the search, or of this point of a front.
     """
 
-    best: Candidate
     finalists: tuple[Candidate, ...] = field(repr=False)
     dense_loss: float | None
     history: tuple[Episode, ...] = field(repr=False)
@@ -60,6 +58,11 @@ class SearchResult:
     final_tokens: int
     seconds: float
     target: float
+
+    @property
+    def best(self) -> Candidate:
+        """The chosen candidate."""
+        return self.finalists[0]
 
 
 class SearchInterrupted(KeyboardInterrupt):
@@ -137,58 +140,38 @@ def search_front(
             replay=recorder.earlier.episodes,
             log_name=str(log),
         )
+
+        def found(
+            target: float, ranked: Sequence[Candidate], dense_loss: float | None, final_tokens: int
+        ) -> SearchResult:
+            recorder.count()
+            return SearchResult(
+                finalists=tuple(ranked),
+                dense_loss=dense_loss,
+                history=tuple(vector.history),
+                search_tokens=vector.tokens_spent,
+                final_tokens=final_tokens,
+                seconds=recorder.seconds,
+                target=target,
+            )
+
         starts = [starting_points(env, agent, target) for target in targets]
         try:
             _learn(agent, vector, seed, on_update)
             for target, own in zip(targets, starts, strict=True):
                 candidates = contenders(env, agent, vector.history, settings.finalists, target, reach, own)
-                ranked, dense_loss, tokens = run_finals(env, candidates, seed, on_finals)
-                recorder.count()
-                points.append(_found(vector, target, ranked, dense_loss, tokens, recorder.seconds))
+                points.append(found(target, *run_finals(env, candidates, seed, on_finals)))
                 if on_point is not None:
                     on_point(points[-1])
         except KeyboardInterrupt as stop:
-            raise _interrupted(stop, env, agent, vector, recorder, reach) from None
+            if len(vector.history) < max(1, len(recorder.earlier.episodes)):  # an earlier session handed over more
+                raise
+            try:
+                best = finalists(env, agent, vector.history, 1, env.sparsity, reach)
+            except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
+                raise stop from None
+            raise SearchInterrupted(found(env.sparsity, best, None, 0)) from None
     return points
-
-
-def _interrupted(
-    stop: KeyboardInterrupt,
-    env: PruningEnv,
-    agent: Agent,
-    vector: PruningVectorEnv,
-    recorder: Recorder,
-    reach: float | None,
-) -> KeyboardInterrupt:
-    """Ctrl-C with what was found so far; as it came where that is nothing."""
-    if len(vector.history) < max(1, len(recorder.earlier.episodes)):  # an earlier session handed over more
-        return stop
-    recorder.count()
-    try:
-        best = finalists(env, agent, vector.history, 1, env.sparsity, reach)
-    except PluginError:  # an agent that has learnt nothing yet may have nothing to recommend
-        return stop
-    return SearchInterrupted(_found(vector, env.sparsity, best, None, 0, recorder.seconds))
-
-
-def _found(
-    vector: PruningVectorEnv,
-    target: float,
-    ranked: Sequence[Candidate],
-    dense_loss: float | None,
-    final_tokens: int,
-    seconds: float,
-) -> SearchResult:
-    return SearchResult(
-        best=ranked[0],
-        finalists=tuple(ranked),
-        dense_loss=dense_loss,
-        history=tuple(vector.history),
-        search_tokens=vector.tokens_spent,
-        final_tokens=final_tokens,
-        seconds=seconds,
-        target=target,
-    )
 
 
 class _NotTheAgents(BaseException):
