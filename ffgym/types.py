@@ -22,6 +22,10 @@ OnStep = Callable[[int, int], None]  # called with steps done, and steps
 Notify = Callable[[str], None]  # called with lines for the user
 
 
+def do_nothing(*_: object) -> None:
+    """The callback where none is given."""
+
+
 @dataclass(frozen=True)
 class Sublayer:
     """The attention or the other half of one decoder layer, and what one of its units is made of.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from ffgym.types import do_nothing
+
 if TYPE_CHECKING:
     import torch
 
@@ -149,6 +151,6 @@ class Recording:
         self._executor = executor
         self.calls: list[list[Request]] = []
 
-    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         self.calls.append(list(requests))
         return self._executor.measure(requests, on_progress)

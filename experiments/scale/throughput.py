@@ -23,7 +23,7 @@ from ffgym.execute.ray import Workers, connected
 from ffgym.pipeline.task import open_task
 from ffgym.prepare.workers import shared_executor
 from ffgym.report.progress import Reporter
-from ffgym.types import Evaluation, OnShare
+from ffgym.types import Evaluation, OnShare, do_nothing
 
 EPISODES, REPETITIONS, SLEPT = 8, 5, 1.0
 
@@ -35,7 +35,7 @@ class Sleeper:
     def __call__(self) -> Sleeper:
         return self
 
-    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         for _ in requests:
             time.sleep(SLEPT)
         return [Evaluation((0.0,), 1) for _ in requests]

@@ -22,7 +22,7 @@ from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import write_text
-from ffgym.types import JSONDict, Notify, OnStep
+from ffgym.types import JSONDict, Notify, OnStep, do_nothing
 
 # If quartiles are further apart than this share of the median, the machine was doing something else.
 BUSY = 0.25
@@ -34,8 +34,8 @@ def cached_table(
     context: int,
     rebuild: bool = False,
     repetitions: int = REPETITIONS,
-    on_progress: OnStep = lambda done, total: None,
-    notify: Notify = lambda line: None,
+    on_progress: OnStep = do_nothing,
+    notify: Notify = do_nothing,
 ) -> LatencyTable:
     """The table of a model on this machine: from the cache, or timed now and kept there.
 

@@ -16,7 +16,7 @@ from ffgym.errors import BudgetError, PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.types import Notify, OnStep, Sublayer
+from ffgym.types import Notify, OnStep, Sublayer, do_nothing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,8 +156,8 @@ def costs_of(
     *,
     context: int,
     file: Path | None = None,
-    on_progress: OnStep | None = None,
-    notify: Notify | None = None,
+    on_progress: OnStep = do_nothing,
+    notify: Notify = do_nothing,
 ) -> Costs:
     """What a dense causal LM costs in a resource; see `Resource.measure` for the arguments.
 
@@ -182,13 +182,7 @@ def costs_of(
 
     def ask() -> Costs:
         if resource.is_measured():
-            return resource.measure(
-                model,
-                setting,
-                file=file,
-                on_progress=on_progress or (lambda done, steps: None),
-                notify=notify or (lambda text: None),
-            )
+            return resource.measure(model, setting, file=file, on_progress=on_progress, notify=notify)
         prices = [number(resource.unit_price(s, setting), f"unit_price of {s.name}") for s in sublayers]
         tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
         return Costs(tables, resource.rest(model, setting))

@@ -30,7 +30,7 @@ from ffgym.models.families import Family, family_of
 from ffgym.models.placement import devices_of
 from ffgym.models.sublayer import PrunableSublayer
 from ffgym.prepare.statistics import arguments_of
-from ffgym.types import OnStep
+from ffgym.types import OnStep, do_nothing
 
 REPETITIONS = 9
 # A call that takes less than this is repeated several times in a row, after one that is not timed. Otherwise the clock,
@@ -57,9 +57,7 @@ class _Probe:
 
 
 @torch.inference_mode()
-def time_model(
-    model: Any, *, context: int, repetitions: int, on_progress: OnStep = lambda done, total: None
-) -> LatencyTable:
+def time_model(model: Any, *, context: int, repetitions: int, on_progress: OnStep = do_nothing) -> LatencyTable:
     """Time every shape of sublayer at a grid of sizes, and the whole dense model.
 
     Args:

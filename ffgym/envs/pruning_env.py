@@ -28,7 +28,7 @@ from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
 from ffgym.pruning.budget import Budget
 from ffgym.report.figures import default_style, draw_units_kept
-from ffgym.types import Allocation, Evaluation, OnShare
+from ffgym.types import Allocation, Evaluation, OnShare, do_nothing
 
 Info = dict[str, Any]
 
@@ -116,7 +116,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         executor: has allocations measured; this process measures them where left out.
 
     Attributes:
-        on_close: called by ``close``, if any.
+        on_close: called by ``close``.
         one_thread: held by ``reset`` and ``step``; while one thread is in either, another one is refused.
 
     Raises:
@@ -181,7 +181,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             prunable, windows, examples=examples, calibrated=calibrated, tokens_per_batch=tokens_per_batch
         )
         self.one_thread = OneThread()
-        self.on_close: Callable[[], None] | None = None
+        self.on_close: Callable[[], None] = do_nothing
         self._target = sparsity
         self._subset: tuple[int, ...] = ()
         self._examples: tuple[int, ...] = ()
@@ -325,8 +325,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
 
     def close(self) -> None:
         """End the workers, where there are some."""
-        if self.on_close is not None:
-            self.on_close()
+        self.on_close()
 
     @default_style()
     def picture(self, allocation: Allocation, reward: float | None = None) -> np.ndarray:
@@ -338,7 +337,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
-    def outcomes(self, trials: Sequence[Trial], on_progress: OnShare | None = None) -> Iterator[Outcome]:
+    def outcomes(self, trials: Sequence[Trial], on_progress: OnShare = do_nothing) -> Iterator[Outcome]:
         """Measure all trials at once (equal ones only once), then judge one after another.
 
         ``on_progress`` is called with the share that has been measured, from 0 to 1.
@@ -361,7 +360,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             return Request(kept, trial.subset, trial.examples, needs)
         return Request(kept, trial.subset, trial.examples, needs | {"slopes"}, self.reward.falls_with or "loss")
 
-    def _measured(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> dict[Request, Evaluation]:
+    def _measured(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> dict[Request, Evaluation]:
         """The evaluation of each request, costs included; equal requests are measured once."""
         once = list(dict.fromkeys(requests))
         found = self.executor.measure(once, on_progress)

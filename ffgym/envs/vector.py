@@ -26,7 +26,7 @@ from ffgym.envs.pruning_env import OBJECTIVE, Outcome, PruningEnv, Trial
 from ffgym.envs.schedule import Schedule, stratified
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.plugins.contracts import check_actions
-from ffgym.types import Episode
+from ffgym.types import Episode, do_nothing
 
 Infos = dict[str, Any]
 Step = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Infos]
@@ -77,8 +77,8 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         token_budget: int,
         slope_episodes: int = 0,
         pair_text: bool = False,
-        on_episode: Callable[[Episode], None] | None = None,
-        on_progress: Callable[[float], None] | None = None,
+        on_episode: Callable[[Episode], None] = do_nothing,
+        on_progress: Callable[[float], None] = do_nothing,
         replay: Sequence[Episode] = (),
         log_name: str = "the log",
     ) -> None:
@@ -99,7 +99,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self.action_space = batch_space(env.action_space, num_envs)
         self.observation_space = batch_space(env.observation_space, num_envs)
         self._on_episode = on_episode
-        self._on_progress = on_progress or (lambda tokens: None)
+        self._on_progress = on_progress
         self._replay = replay
         self._log_name = log_name
         self._update = 0
@@ -243,8 +243,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _recorded(self, episode: Episode) -> Episode:
         self.tokens_spent += episode.tokens
         self.history.append(episode)
-        if self._on_episode is not None:
-            self._on_episode(episode)
+        self._on_episode(episode)
         return episode
 
     def _check_replayed(self, episode: Episode, index: int, action: np.ndarray, trial: Trial) -> None:

@@ -27,7 +27,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.modes import own_modes
 from ffgym.models.walk import Entry, Walk
 from ffgym.plugins.bases import SLOPE_PASSES
-from ffgym.types import Evaluation, OnShare
+from ffgym.types import Evaluation, OnShare, do_nothing
 
 DIVERGENCES = frozenset({"kl", "reverse_kl"})
 
@@ -60,7 +60,7 @@ class Request:
 class Evaluator(Protocol):
     """Measures allocations. The same request gives the same bits, whatever else is asked for at the same time."""
 
-    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         """Measure every request, in the order given.
 
         Args:
@@ -167,7 +167,7 @@ class ModelEvaluator:
         self._dense_hidden: dict[int, torch.Tensor] = {}
 
     @own_modes()
-    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         """Measure every request, in the order asked for; see `Evaluator`.
 
         Raises:
@@ -176,7 +176,7 @@ class ModelEvaluator:
         with self._one_thread:
             return self._answers(requests, on_progress)
 
-    def _answers(self, requests: Sequence[Request], on_progress: OnShare | None) -> list[Evaluation]:
+    def _answers(self, requests: Sequence[Request], on_progress: OnShare) -> list[Evaluation]:
         compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
         sloped = {_without_examples(r): self._of_text(r) for r in requests if "slopes" in r.needs}
@@ -390,14 +390,14 @@ def _without_examples(request: Request) -> Request:
     return replace(request, examples=())
 
 
-def _counter(on_progress: OnShare | None, total: float) -> Callable[[float], None]:
+def _counter(on_progress: OnShare, total: float) -> Callable[[float], None]:
     """A function that adds up tokens and reports the share that is done."""
     done = 0.0
 
     def advance(tokens: float) -> None:
         nonlocal done
         done += tokens
-        if on_progress is not None and total:
+        if total:
             on_progress(min(1.0, done / total))
 
     return advance

@@ -7,7 +7,6 @@ logits stay in the model's dtype; sums and losses are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from ffgym.errors import ModelError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.walk import Stream, Walk
-from ffgym.types import Evaluation
+from ffgym.types import Evaluation, OnShare, OnStep, do_nothing
 
 TILE_ROWS = 2048
 TILE_COLUMNS = 2048  # 16 MiB of float32: larger tiles are slower on a CPU, smaller ones hardly faster
@@ -29,7 +28,7 @@ def evaluate(
     windows: torch.Tensor,
     *,
     tokens_per_batch: int = 4096,
-    on_batch: Callable[[int], None] | None = None,
+    on_progress: OnStep = do_nothing,
 ) -> Evaluation:
     """Mean loss of every window.
 
@@ -37,7 +36,7 @@ def evaluate(
         model: a Hugging Face causal LM in eval mode.
         windows: token ids, shape (windows, length), int64, length >= 2.
         tokens_per_batch: tokens in one forward pass (whole windows, at least one).
-        on_batch: called with the number of windows just done.
+        on_progress: called with (windows done, windows).
 
     Returns:
         losses in nats per token, ``length - 1`` predicted tokens a window.
@@ -45,8 +44,7 @@ def evaluate(
     losses: list[float] = []
     for batch in torch.split(windows, max(1, tokens_per_batch // windows.shape[1])):
         losses.extend(window_losses(model, *predicting(model, batch)).tolist())
-        if on_batch is not None:
-            on_batch(len(batch))
+        on_progress(len(losses), len(windows))
     return Evaluation(tuple(losses), windows.shape[1] - 1)
 
 
@@ -79,7 +77,7 @@ def evaluate_cut(
     windows: torch.Tensor,
     *,
     tokens_per_batch: int = 4096,
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: OnShare = do_nothing,
 ) -> Evaluation:
     """As `evaluate`, layer by layer, for a model as it is cut now: its layers need not be in memory.
 
@@ -91,7 +89,6 @@ def evaluate_cut(
     walk = Walk(prunable.model)
     stream = Stream(walk, torch.split(windows, max(1, tokens_per_batch // windows.shape[1])))
     depth, head = len(walk.layers), head_share(prunable.model)
-    on_progress = on_progress or (lambda share: None)
     for index in range(depth):
         with prunable.layer(index):
             stream.step(index)

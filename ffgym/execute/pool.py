@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ffgym.errors import FFGymError, WorkerError
 from ffgym.report.layout import counted
+from ffgym.types import do_nothing
 
 LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
@@ -139,7 +140,7 @@ class Pool:
         self._is_explained = False
         self._is_closed = False
 
-    def work(self, queue: Queue, wanted: int, on_tick: Callable[[], None] | None = None) -> None:
+    def work(self, queue: Queue, wanted: int, on_tick: Callable[[], None] = do_nothing) -> None:
         """Do every job of a queue.
 
         Args:
@@ -172,8 +173,7 @@ class Pool:
                 self._heard = time.monotonic()
                 self._take_note(news, queue)
             self._look_for_hung()
-            if on_tick is not None:
-                on_tick()
+            on_tick()
         for worker, job in self._busy.items():
             if job.queue is queue:
                 queue.given_up(worker, self._crew.share(worker))

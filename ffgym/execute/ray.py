@@ -38,7 +38,7 @@ from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Rea
 from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
-from ffgym.types import Evaluation, OnShare
+from ffgym.types import Evaluation, Notify, OnShare, do_nothing
 
 PROBE_SECONDS = 30.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of gRPC's protocol: the preface and empty settings
@@ -103,7 +103,7 @@ class Cluster:
         self._is_own = is_own
         self._pools: list[Pool] = []
 
-    def pool(self, make: Make, on_line: Callable[[str], None] | None = None, grace: float = 0.0) -> Pool:
+    def pool(self, make: Make, on_line: Notify = do_nothing, grace: float = 0.0) -> Pool:
         """A pool of workers, which start with the first work.
 
         Args:
@@ -112,7 +112,7 @@ class Cluster:
             grace: seconds that an interrupted worker may take to end its job.
         """
         options = {"num_cpus": self.workers.cpus(is_own=self._is_own), "num_gpus": self.workers.gpus}
-        crew = RayCrew(self._ray, make, options, self.workers.threads, on_line or (lambda line: None))
+        crew = RayCrew(self._ray, make, options, self.workers.threads, on_line)
         self._pools.append(pool := Pool(crew, self.workers.count, self._notify, grace))
         return pool
 
@@ -144,7 +144,7 @@ class RayExecutor:
         self._dense_units = dense_units
         self._speeds = Speeds()
 
-    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         """Measure every request, in the order asked for."""
         dense = [request for request in requests if request.kept == self._dense_units]
         shared = {request: parts(request) for request in requests if request.kept != self._dense_units}
@@ -158,12 +158,11 @@ class RayExecutor:
         found |= {request: joined([shares.answers[part] for part in own]) for request, own in shared.items()}
         return [found[request] for request in requests]
 
-    def _tell(self, shares: Shares, on_progress: OnShare | None) -> None:
-        if on_progress is not None:
-            running = sum(share.cost * self._pool.share(worker) for worker, share in shares.taken.items())
-            done = min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total)
-            if done or not shares.taken:  # 0 says that nobody measures yet
-                on_progress(done)
+    def _tell(self, shares: Shares, on_progress: OnShare) -> None:
+        running = sum(share.cost * self._pool.share(worker) for worker, share in shares.taken.items())
+        done = min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total)
+        if done or not shares.taken:  # 0 says that nobody measures yet
+            on_progress(done)
 
 
 @contextlib.contextmanager

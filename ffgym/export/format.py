@@ -16,7 +16,7 @@ from ffgym.files import NOT_WRITABLE
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.contracts import call_plugin
-from ffgym.types import OnStep
+from ffgym.types import OnStep, do_nothing
 
 OTHERWISE = "The folder itself loads with transformers and vLLM."
 
@@ -83,7 +83,7 @@ def export(
     name: str,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    progress: OnStep | None = None,
+    progress: OnStep = do_nothing,
 ) -> Exported:
     """Write a saved model in the format of this name.
 
@@ -102,7 +102,7 @@ def export(
 
     def write() -> Exported:
         try:
-            return plugin.write(source, place, overwrite=overwrite, progress=progress or (lambda done, total: None))
+            return plugin.write(source, place, overwrite=overwrite, progress=progress)
         except FileExistsError as error:
             if overwrite or not place.exists():
                 raise

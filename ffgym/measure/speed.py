@@ -21,6 +21,7 @@ from ffgym.costs.size import SizeMeter
 from ffgym.costs.timing import Spread, timed
 from ffgym.models.families import dense_or_pruned_family_of
 from ffgym.models.placement import devices_of
+from ffgym.types import do_nothing
 
 DECODE_TOKENS = 16
 
@@ -97,7 +98,7 @@ def time_in_turn(
     ceilings: tuple[float, float],
     *,
     repetitions: int,
-    on_turn: Callable[[], None] = lambda: None,
+    on_turn: Callable[[], None] = do_nothing,
 ) -> list[Speed]:
     """Prefill and decode of both models on one workload.
 

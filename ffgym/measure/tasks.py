@@ -22,7 +22,7 @@ from ffgym.errors import ModelError, raising_if_out_of_memory
 from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
 from ffgym.report.paired import standard_error
-from ffgym.types import OnStep, perplexity_of
+from ffgym.types import OnStep, do_nothing, perplexity_of
 
 if TYPE_CHECKING:
     from ffgym.measure.texts import TextLosses
@@ -92,7 +92,7 @@ def evaluate_task(
     *,
     limit: int | None = None,
     batch_size: int = BATCH_SIZE,
-    on_progress: OnStep = lambda done, total: None,
+    on_progress: OnStep = do_nothing,
 ) -> TaskResult:
     """Measure one model on one task, zero-shot, as ``lm_eval --model hf`` does, by a metric of ours, or on a text.
 

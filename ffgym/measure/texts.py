@@ -64,14 +64,7 @@ def text_losses(
             hint="Name a longer text.",
         )
     check_logits(model, windows.flatten()[:CHECKED_TOKENS])
-    done = 0
-
-    def advance(further: int) -> None:
-        nonlocal done
-        done += further
-        on_progress(done, len(windows))
-
-    losses = evaluate(model, windows, on_batch=advance).losses
+    losses = evaluate(model, windows, on_progress=on_progress).losses
     return TextLosses(tuple(losses), length, windows_digest(windows))
 
 

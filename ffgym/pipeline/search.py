@@ -20,7 +20,7 @@ from ffgym.search.finals import expected_tokens, finals_examples, finals_windows
 from ffgym.search.log import count_episodes
 from ffgym.search.loop import SearchInterrupted, SearchResult, SearchSettings, search_front
 from ffgym.tracking.tracker import Tracker
-from ffgym.types import Episode, Update
+from ffgym.types import Episode, Update, do_nothing
 
 NEAR_PRIOR = 0.15  # spread of the random allocations that a search is compared with: they start where it starts
 
@@ -89,8 +89,8 @@ def tracked_search(
     log: Path,
     prefix: str = "search",
     *,
-    on_episode: Callable[[Episode], None] = lambda episode: None,
-    on_update: Callable[[], None] = lambda: None,
+    on_episode: Callable[[Episode], None] = do_nothing,
+    on_update: Callable[[], None] = do_nothing,
 ) -> list[SearchResult]:
     """Search at the targets of a task's configuration, with progress, a log and metrics.
 

@@ -46,7 +46,7 @@ from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, st
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
 from ffgym.report.table import taken_by_every_row
-from ffgym.types import Notify, OnStep
+from ffgym.types import Notify, OnStep, do_nothing
 
 CHECKED_TOKENS = 32  # of another package's family
 LOADING = "load model and text"
@@ -159,7 +159,7 @@ def prepare_model(
         "tokens_per_batch": tokens_per_batch(loaded.device),
     }
 
-    def make(on_layer: OnLayer | None = None) -> Prepared:
+    def make(on_layer: OnLayer = do_nothing) -> Prepared:
         with reporter.stage(PREPARING, len(windows)) as stage:
             return prepare(
                 loaded.model, criterion, windows, source=loaded.stream, on_layer=on_layer, on_progress=stage, **facts
@@ -262,8 +262,8 @@ def costs_in(
     model: Any,
     *,
     recorded: Path | None = None,
-    on_progress: OnStep | None = None,
-    notify: Notify | None = None,
+    on_progress: OnStep = do_nothing,
+    notify: Notify = do_nothing,
 ) -> Costs:
     """What a dense model costs in a resource, under a configuration; see `costs_of` for progress, notes and errors.
 

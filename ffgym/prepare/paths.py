@@ -32,7 +32,7 @@ from ffgym.pruning.calibration import NestedRidge, pick_ridge, suffix_energy
 from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, Moments, require_finite
-from ffgym.types import LayerStats, OnStep, SublayerView
+from ffgym.types import LayerStats, OnStep, SublayerView, do_nothing
 
 HELD_OUT_SHARE = 0.25
 HELD_OUT_TOKENS = 8192  # at most; their inputs are kept until the sublayer is prepared
@@ -73,8 +73,8 @@ def prepare(
     keep: frozenset[str] = frozenset(),
     tokens_per_batch: int = 4096,
     source: LayerStream | None = None,
-    on_layer: OnLayer | None = None,
-    on_progress: OnStep | None = None,
+    on_layer: OnLayer = do_nothing,
+    on_progress: OnStep = do_nothing,
 ) -> Prepared:
     """Collect statistics, score, order, permute and factorise.
 
@@ -105,15 +105,11 @@ def prepare(
     needs, done = criterion.needs | keep, itertools.count(1)
     steps = len(prunable.halves) * (2 if needs & GRADIENT_STATISTICS else 1)
 
-    def advance() -> None:
-        if on_progress is not None:
-            on_progress(next(done), steps)
-
     sample = windows[: max(1, int(GRADIENT_SHARE * len(windows)))]
     gradients = _Gradients(source)
     for index, stats in gradient_statistics(prunable, sample, needs):
         gradients.add(index, stats)
-        advance()
+        on_progress(next(done), steps)
     held_out = 0 if ridge is not None else held_out_windows(*windows.shape)
     stream = stream_statistics(prunable, windows, held_out=held_out, tokens_per_batch=tokens_per_batch)
     views: list[SublayerView] = []
@@ -129,12 +125,12 @@ def prepare(
             raise CalibrationError(f"{half.sublayer.name}: {error.message}", hint=error.hint) from error
         ridges.append(chosen)
         views.append(view)
-        if on_layer is not None and half.sublayer.kind != "attention":
+        if half.sublayer.kind != "attention":
             on_layer(prunable.halves[index - 1 : index + 1], views[-2:], ridges[-2:])
-        if source is not None and half.sublayer.kind != "attention":
-            views.clear()
+            if source is not None:
+                views.clear()
         del sums, apart, view  # before the moments of the next layer are collected
-        advance()
+        on_progress(next(done), steps)
     return Prepared(prunable, tuple(views), tuple(ridges))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -45,7 +45,7 @@ from ffgym.report.progress import Reporter
 from ffgym.report.table import bos_text
 from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Tracker, environment_tags
-from ffgym.types import Evaluation, JSONDict
+from ffgym.types import Evaluation, JSONDict, OnStep, do_nothing
 
 DIGITS = 12  # of a digest, enough to tell two texts apart
 DECIDES = ("method", "tokens", "batch_tokens", "evaluate_every")  # keys of [recover] that decide a training's numbers
@@ -348,7 +348,7 @@ class _Recovery:
     def _measured(self, label: str, loaded: LoadedModel) -> Measured:
         windows = self.texts.splits.report.windows
         with self.reporter.stage(f"report: {label}", len(windows), "windows") as stage:
-            result = _evaluate(loaded, windows, stage.advance)
+            result = _evaluate(loaded, windows, stage)
         return Measured(label, result, sum(p.numel() for p in loaded.model.parameters()))
 
     def save(
@@ -428,8 +428,8 @@ def _parameters(model: Any) -> dict[str, str]:
     return {name: f"{str(p.dtype).removeprefix('torch.')} on {p.device}" for name, p in model.named_parameters()}
 
 
-def _evaluate(loaded: LoadedModel, windows: torch.Tensor, on_batch: Callable[[int], None] | None = None) -> Evaluation:
-    return evaluate(loaded.model, windows, tokens_per_batch=tokens_per_batch(loaded.device), on_batch=on_batch)
+def _evaluate(loaded: LoadedModel, windows: torch.Tensor, on_progress: OnStep = do_nothing) -> Evaluation:
+    return evaluate(loaded.model, windows, tokens_per_batch=tokens_per_batch(loaded.device), on_progress=on_progress)
 
 
 def _as_toml(config: RunConfig) -> str:

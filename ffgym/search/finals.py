@@ -20,7 +20,7 @@ import numpy as np
 from ffgym.envs.pruning_env import Outcome, PruningEnv, Trial
 from ffgym.report.paired import standard_error
 from ffgym.search.finalists import STARTS, Candidate
-from ffgym.types import OnShare
+from ffgym.types import OnShare, do_nothing
 
 FINALS_SEED = 7_919  # the same windows for every agent of one seed
 SIGNIFICANT = 2.0  # paired standard errors
@@ -28,7 +28,7 @@ RECOMMENDED = 3  # the default is the best of so many recommendations, the first
 
 
 def run_finals(
-    env: PruningEnv, candidates: Sequence[Candidate], seed: int, on_progress: OnShare | None = None
+    env: PruningEnv, candidates: Sequence[Candidate], seed: int, on_progress: OnShare = do_nothing
 ) -> tuple[list[Candidate], float | None, int]:
     """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 
@@ -54,8 +54,7 @@ def run_finals(
     total = len(candidates) * own if all_count else expected
 
     def on_tokens(taken: float) -> None:
-        if on_progress is not None:
-            on_progress(min(1.0, taken / total))
+        on_progress(min(1.0, taken / total))
 
     measured = _Measured(env, candidates, windows, examples, on_tokens)
     everywhere, thinning, deciding = range(count), range(max(1, count // 2)), range(count // 2, count)

@@ -19,7 +19,7 @@ from ffgym.plugins.manager import described
 from ffgym.search.finalists import Candidate, contenders, finalists, starting_points
 from ffgym.search.finals import run_finals
 from ffgym.search.log import Recorder
-from ffgym.types import Episode, OnShare, Update
+from ffgym.types import Episode, OnShare, Update, do_nothing
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,11 @@ def search_front(
     *,
     seed: int,
     log: Path | None = None,
-    on_episode: Callable[[Episode], None] | None = None,
-    on_update: Callable[[Sequence[Episode], Update], None] | None = None,
-    on_point: Callable[[SearchResult], None] | None = None,
-    on_progress: Callable[[float], None] | None = None,
-    on_finals: OnShare | None = None,
+    on_episode: Callable[[Episode], None] = do_nothing,
+    on_update: Callable[[Sequence[Episode], Update], None] = do_nothing,
+    on_point: Callable[[SearchResult], None] = do_nothing,
+    on_progress: Callable[[float], None] = do_nothing,
+    on_finals: OnShare = do_nothing,
 ) -> list[SearchResult]:
     """Let the agent spend its tokens, then choose at every target.
 
@@ -124,8 +124,7 @@ def search_front(
 
         def record(episode: Episode) -> None:
             recorder.record(episode)
-            if on_episode is not None:
-                on_episode(episode)
+            on_episode(episode)
 
         vector = _SearchEnv(
             env,
@@ -161,8 +160,7 @@ def search_front(
             for target, own in zip(targets, starts, strict=True):
                 candidates = contenders(env, agent, vector.history, settings.finalists, target, reach, own)
                 points.append(found(target, *run_finals(env, candidates, seed, on_finals)))
-                if on_point is not None:
-                    on_point(points[-1])
+                on_point(points[-1])
         except KeyboardInterrupt as stop:
             if len(vector.history) < max(1, len(recorder.earlier.episodes)):  # an earlier session handed over more
                 raise
@@ -210,10 +208,7 @@ class _SearchEnv(PruningVectorEnv):
 
 
 def _learn(
-    agent: Agent,
-    vector: PruningVectorEnv,
-    seed: int,
-    on_update: Callable[[Sequence[Episode], Update], None] | None,
+    agent: Agent, vector: PruningVectorEnv, seed: int, on_update: Callable[[Sequence[Episode], Update], None]
 ) -> None:
     """Let the agent search; what it raises by itself is a `PluginError`, what measuring or telling raises stays.
 
@@ -232,9 +227,8 @@ def _learn(
         check_update(agent, update, len(new))
         if updates == 0:  # not only after the search, which may take days
             check_state(agent)
-        if on_update is not None:
-            with _not_the_agents():
-                on_update(new, update)
+        with _not_the_agents():
+            on_update(new, update)
         updates += 1
 
     stopped: Exception | None = None

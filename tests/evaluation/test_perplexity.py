@@ -75,11 +75,13 @@ def test_the_tiles_of_a_vocabulary_make_one_distribution(random_windows, monkeyp
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 60, 10_000])
 def test_batches_do_not_matter_and_are_reported(tokens_per_batch, random_windows):
     model, windows = tiny_model("opt"), random_windows(5, 20)
-    done = []
-    got = evaluate(model, windows, tokens_per_batch=tokens_per_batch, on_batch=done.append)
+    seen = []
+    got = evaluate(
+        model, windows, tokens_per_batch=tokens_per_batch, on_progress=lambda done, total: seen.append((done, total))
+    )
     assert got.losses == pytest.approx(plain(model, windows), rel=1e-5)
-    assert sum(done) == 5
-    assert max(done) == max(1, min(5, tokens_per_batch // 20))
+    assert seen[-1] == (5, 5)
+    assert seen[0] == (max(1, min(5, tokens_per_batch // 20)), 5)
 
 
 def test_two_tokens_are_the_shortest_window(random_windows):

@@ -17,7 +17,7 @@ import torch
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import Request
 from ffgym.files import write_text
-from ffgym.types import Evaluation, OnShare
+from ffgym.types import Evaluation, OnShare, do_nothing
 
 
 def patiently(start: Callable[[], Any]) -> Any:
@@ -51,13 +51,12 @@ class Standin:
             raise ModelError("no such model", hint="Name another.")
         return self
 
-    def measure(self, requests: Sequence[Request], on_progress: OnShare | None = None) -> list[Evaluation]:
+    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         if self.is_worker:
             self._misbehave()
         for place in range(len(requests)):
             time.sleep(0.05)
-            if on_progress is not None:
-                on_progress((place + 1) / len(requests))
+            on_progress((place + 1) / len(requests))
         if requests:
             with (self.folder / "log").open("a") as log:
                 log.write(f"{os.getpid()} {len(requests)} {torch.get_num_threads()}\n")

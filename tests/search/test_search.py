@@ -24,6 +24,7 @@ from ffgym.pruning.budget import Budget
 from ffgym.search.finals import finals_windows
 from ffgym.search.log import read_log
 from ffgym.search.loop import SearchInterrupted, search_front
+from ffgym.types import do_nothing
 
 SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3)
 RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic")
@@ -214,7 +215,7 @@ class Stopping(Recording):
         super().__init__(executor)
         self.after = after
 
-    def measure(self, requests, on_progress=None):
+    def measure(self, requests, on_progress=do_nothing):
         if len(self.calls) == self.after:
             raise KeyboardInterrupt
         return super().measure(requests, on_progress)
@@ -369,7 +370,7 @@ class TestSeconds:
             executor = env.executor
 
             class Slow:
-                def measure(self, requests, on_progress=None):
+                def measure(self, requests, on_progress=do_nothing):
                     now[0] += sum(request.kept != env.prunable.dense_units for request in requests)
                     return executor.measure(requests, on_progress)
 
