@@ -36,16 +36,17 @@ class Entry:
     Attributes:
         hidden: enters layer 0, shape (windows, length, d), the model's dtype.
         calls: the other arguments of every layer, shared by all batches of one shape without a mask.
-        ids: token ids, shape (windows, length), int64, on the embedding's device.
-        mask: the attention mask that the model was called with, or ``None``.
-        positions: the position ids that the model was called with, or ``None``.
+        inputs: what the model was called with, by name, on the embedding's device.
     """
 
     hidden: torch.Tensor
     calls: Sequence[Arguments]
-    ids: torch.Tensor
-    mask: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
+    inputs: dict[str, torch.Tensor]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Token ids, shape (windows, length), int64."""
+        return self.inputs["input_ids"]
 
 
 class Walk:
@@ -85,18 +86,18 @@ class Walk:
             position_ids: in any form that the model takes; ``None`` for those that follow from the mask.
         """
         device = self._model.get_input_embeddings().weight.device
-        ids = ids.to(device)
-        mask, positions = (None if given is None else given.to(device) for given in (attention_mask, position_ids))
+        given = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = {name: tensor.to(device) for name, tensor in given.items() if tensor is not None}
         gradients = torch.is_grad_enabled()
         # What is recorded may be used again where gradients are wanted, and there no inference tensor may be saved.
         with torch.inference_mode(False), torch.set_grad_enabled(gradients), self._stubs() as calls:
-            self._model.base_model(**_inputs(ids, mask, positions))
+            self._model.base_model(**inputs, use_cache=False)
         args, kwargs = calls[0]
         hidden = args[0] if args else kwargs["hidden_states"]
         others: Sequence[Arguments] = [_without_hidden(call) for call in calls]
-        if mask is None and positions is None:
+        if attention_mask is None and position_ids is None:
             others = self._shared.setdefault(ids.shape, others)
-        return Entry(hidden, others, ids, mask, positions)
+        return Entry(hidden, others, inputs)
 
     def layer(self, index: int, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
         """Hidden states behind a layer, for those before it; shape (windows, length, d)."""
@@ -107,7 +108,7 @@ class Walk:
     def leave(self, hidden: torch.Tensor, entry: Entry) -> torch.Tensor:
         """The base model's ``last_hidden_state``, for hidden states behind the last layer."""
         with self._stubs(hidden):
-            output = self._model.base_model(**_inputs(entry.ids, entry.mask, entry.positions))
+            output = self._model.base_model(**entry.inputs, use_cache=False)
         last: torch.Tensor = output.last_hidden_state
         return last
 
@@ -131,7 +132,7 @@ class Walk:
         for start in range(0, last, LOGIT_ROWS):
             here = slice(start, min(start + LOGIT_ROWS, last))  # a tensor would go to the first of several GPUs
             with self._stubs(hidden):
-                logits = self._model(**_inputs(entry.ids), logits_to_keep=here).logits.float()
+                logits = self._model(**entry.inputs, use_cache=False, logits_to_keep=here).logits.float()
             mean = objective(here, logits) / (len(hidden) * last)
             gradient += torch.autograd.grad(scale * mean, hidden)[0]
         return gradient
@@ -254,13 +255,6 @@ class _Stub(nn.Module):
         self._calls.append((args, kwargs))
         given: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         return given if self._hidden is None else self._hidden
-
-
-def _inputs(
-    ids: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None
-) -> dict[str, Any]:
-    given = {"attention_mask": mask, "position_ids": positions}
-    return {"input_ids": ids, "use_cache": False} | {name: value for name, value in given.items() if value is not None}
 
 
 def _without_hidden(call: Arguments) -> Arguments:
