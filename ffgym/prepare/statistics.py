@@ -41,13 +41,6 @@ def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
     return found[0]
 
 
-def linear_input(linear: nn.Linear, run: Callable[[], object]) -> torch.Tensor:
-    """The input of a linear in a run, which ends there."""
-    args, _ = arguments_of(linear, run)
-    states: torch.Tensor = args[0]
-    return states
-
-
 @contextmanager
 def inputs_handed_on(
     halves: Sequence[PrunableSublayer], receive: Sequence[Callable[[torch.Tensor], None]]

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from ffgym.errors import RecoveryError, raising_if_out_of_memory
 from ffgym.models.families import Family, dense_or_pruned_family_of, family_of_pair
 from ffgym.models.walk import Stream, Walk
-from ffgym.prepare.statistics import linear_input
+from ffgym.prepare.statistics import arguments_of
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
 from ffgym.report.figures import BLUE, ORANGE
@@ -175,7 +175,8 @@ class _Streams:
         if not wanted:
             return torch.empty(0), torch.empty(0)
         producer = self._family.producers(self._pruned.walk.layers[index], "mlp")[0]
-        inputs = torch.cat([linear_input(producer, run).flatten(0, -2) for run in self._pruned.runs(index)])
+        calls = [arguments_of(producer, run) for run in self._pruned.runs(index)]
+        inputs = torch.cat([args[0].flatten(0, -2) for args, _ in calls])
         return inputs, torch.cat(outputs).to(inputs.device)
 
     @torch.no_grad()
