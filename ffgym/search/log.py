@@ -7,8 +7,6 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, FiniteFloat
@@ -96,9 +94,7 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -116,7 +112,7 @@ class Recorder:
             return
         seconds = self.count()
         if self._file is not None:
-            body = json.dumps(episode_to_json(episode)).encode()[:-1]
+            body = json.dumps({**asdict(episode), "action": episode.action.tolist()}).encode()[:-1]
             self._digest.update(body)
             end = f', "seconds": {round(seconds, 3)}, "digest": "{_short(self._digest)}"}}\n'
             try:
@@ -126,11 +122,6 @@ class Recorder:
                 error.filename = self._file.name  # which the system leaves out
                 self._file.raw.close()  # or leaving the block would write once more, and fail without the name
                 raise
-
-
-def episode_to_json(episode: Episode) -> dict[str, Any]:
-    """One line of the log; float32 importances survive the round trip bit for bit."""
-    return {**asdict(episode), "action": [float(a) for a in episode.action]}
 
 
 def count_episodes(path: Path) -> int:
