@@ -53,13 +53,8 @@ def _chained(rows: Sequence[tuple[float, ...] | None]) -> tuple[float, ...] | No
 
 @dataclass
 class Speeds:
-    """What is known about the workers from one update to the next: seconds for each unit of cost.
+    """What is known about the workers from one update to the next: seconds for each unit of cost."""
 
-    Attributes:
-        least_patience: seconds without any progress that every worker is allowed.
-    """
-
-    least_patience: float = LEAST_PATIENCE
     known: dict[int, float] = field(default_factory=dict)
 
     def note(self, worker: int, seconds: float) -> None:
@@ -155,7 +150,7 @@ class Shares:
     def patience(self, worker: int) -> float | None:
         """Several times what a share should take, see `Queue`."""
         expected = self._expected(self.taken[worker], self._speeds.of(worker)) if worker in self.taken else None
-        return FIRST_PATIENCE if expected is None else max(self._speeds.least_patience, HUNG * expected)
+        return FIRST_PATIENCE if expected is None else max(LEAST_PATIENCE, HUNG * expected)
 
     def _fair(self, worker: int, alive: Set[int]) -> float:
         """How much of what is left a worker should take, in cost, so that all end at the same time."""

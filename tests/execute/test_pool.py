@@ -95,9 +95,10 @@ def test_a_worker_that_dies_is_replaced_and_its_work_is_done_again() -> None:
     ]
 
 
-def test_a_worker_that_hangs_is_replaced() -> None:
+def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ffgym.execute.shares.LEAST_PATIENCE", 0.2)
     crew = SleepingCrew(lambda worker: 60.0 if crew.started == [0] else 0.0)
-    speeds, said = Speeds(least_patience=0.2, known={0: 0.001}), list[str]()
+    speeds, said = Speeds(known={0: 0.001}), list[str]()
     assert len(update(crew, 1, requests(2), speeds, said).answers) == 2
     assert re.match(r"worker 1 did nothing for \d+ s and its work is done again", said[1])
 

@@ -24,7 +24,6 @@ from rich.console import Console
 from ffgym.errors import ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected, measuring
-from ffgym.execute.shares import LEAST_PATIENCE
 from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
 from ffgym.prepare.workers import EvaluatorMaker
@@ -176,13 +175,12 @@ def test_requests_are_shared_and_the_dense_model_is_measured_here(executor: Stan
 # faults
 
 
-def test_a_worker_that_stands_still_is_replaced(executor: Standins) -> None:
-    executor._speeds.least_patience = 10.0
+def test_a_worker_that_stands_still_is_replaced(executor: Standins, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ffgym.execute.shares.LEAST_PATIENCE", 10.0)
     (executor.folder / "stop").touch()
     until(lambda: losses(executor) == LOSSES and executor.said)  # meanwhile the other one does all
     assert (executor.folder / "stop.claimed").exists()
     assert re.match(r"worker \d did nothing for \d+ s", executor.said[0])
-    executor._speeds.least_patience = LEAST_PATIENCE
 
 
 def test_a_worker_that_dies_at_work_or_while_loading_is_replaced(executor: Standins) -> None:
