@@ -60,10 +60,9 @@ HINTS = {  # for what a cluster answers
     "on a machine of the cluster.",
 }
 
-Report = Callable[[float], None]
 Reply = tuple[str, Any, list[str]]
 """Its kind, its content, and the lines that the worker has printed since the last one."""
-Make = Callable[[Reporter], Callable[[Any, Report], Any]]
+Make = Callable[[Reporter], Callable[[Any, OnShare], Any]]
 """Loads what a worker needs; what it returns does a job and reports its progress."""
 
 
@@ -182,7 +181,7 @@ def _in_background(call: Callable[[OnShare], Any]) -> Iterator[Callable[[], Any]
             is_over.set()
 
 
-def measuring(make_evaluator: Callable[[], Evaluator], reporter: Reporter) -> Callable[[Any, Report], Any]:
+def measuring(make_evaluator: Callable[[], Evaluator], reporter: Reporter) -> Callable[[Any, OnShare], Any]:
     """What a worker that measures requests does; the first argument bound, it is a `Make`."""
     return make_evaluator().measure
 

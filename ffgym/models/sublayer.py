@@ -72,11 +72,6 @@ class PrunableSublayer:
         self._path = path
 
     @property
-    def is_away(self) -> bool:
-        """Whether its weights are not in memory."""
-        return self._consumer_weight.is_meta
-
-    @property
     def dense_consumer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The consumer's dense weight, shape (m, n), path order, and bias, shape (m,) or ``None``."""
         return self._consumer_weight, self._consumer_bias
@@ -154,7 +149,7 @@ class PrunableSublayer:
     def path_for(self, *, calibrated: bool) -> ConsumerPath:
         """The refitted path, or plain removal where none was built or wanted; only sizes where the layer is away."""
         weight, bias = self.dense_consumer
-        if self.is_away:
+        if weight.is_meta:  # not in memory
             if bias is None and self.affine and calibrated:
                 bias = weight.new_zeros(len(weight))
             return PlainPath(weight, bias)

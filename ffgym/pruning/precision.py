@@ -13,8 +13,3 @@ def float64_device(device: torch.device) -> torch.device:
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     """The same numbers in float64, on `float64_device` of the tensor's device."""
     return tensor.to(float64_device(tensor.device)).double()  # moved first: the device may have no float64
-
-
-def sum_in_float64(x: torch.Tensor) -> torch.Tensor:
-    """The sum over the rows, shape (n,), taken in their own dtype and widened, to be added to that of other batches."""
-    return in_float64(x.sum(dim=0))

@@ -14,7 +14,7 @@ import torch
 
 from ffgym.errors import CalibrationError
 from ffgym.pruning.factors import as_factor, as_multiplied_, products_in
-from ffgym.pruning.precision import WITHOUT_FLOAT64, float64_device, in_float64, sum_in_float64
+from ffgym.pruning.precision import WITHOUT_FLOAT64, float64_device, in_float64
 from ffgym.types import LayerStats
 
 GRADIENT_STATISTICS = frozenset({"gradient", "output_gradient"})
@@ -101,9 +101,9 @@ class Moments:
             self._shift = inputs.reshape(-1, inputs.shape[-1]).float().mean(dim=0)
         x = shifted(inputs, self._shift)
         self.tokens += x.shape[0]
-        self._sum += sum_in_float64(x)
+        self._sum += in_float64(x.sum(dim=0))  # batches are summed in their own dtype
         x = as_multiplied_(x, inputs.dtype)
-        self._multiplied += sum_in_float64(x)
+        self._multiplied += in_float64(x.sum(dim=0))
         with products_in(inputs.dtype):
             add_products_(self._products, x)
 

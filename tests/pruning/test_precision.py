@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ffgym
-from ffgym.pruning.precision import float64_device, in_float64, sum_in_float64
+from ffgym.pruning.precision import float64_device, in_float64
 
 CPU, MPS, CUDA = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 1)
 PACKAGE = Path(ffgym.__file__).parent
@@ -27,8 +27,6 @@ def test_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch, without: froz
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     assert in_float64(x).dtype == torch.float64
     assert torch.equal(in_float64(x), x.double())
-    assert sum_in_float64(x).dtype == torch.float64
-    torch.testing.assert_close(sum_in_float64(x), x.double().sum(dim=0), rtol=1e-6, atol=1e-5)
 
 
 def test_nobody_makes_a_tensor_wide_where_it_lies() -> None:
