@@ -271,10 +271,6 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "model": (_model, MODEL_CONFIG.read),
     "index": (_file("model.safetensors.index.json", INDEX), lambda path: weight_files(path.parent)),
     "table of a run": (
-        lambda folder: write_run(folder, "one") / "report.json",
-        lambda path: read_run_table(path.parent).layout().as_dicts(),
-    ),
-    "window losses": (
         lambda folder: write_run(folder, "one") / "losses.json",
         lambda path: read_run_table(path.parent).layout().as_dicts(),
     ),

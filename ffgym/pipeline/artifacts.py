@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_class
 from ffgym.data.corpora import source_of
 from ffgym.data.splits import ROLES, Splits
-from ffgym.errors import OutputError
 from ffgym.export.checkpoint import SavedModel, load_line
-from ffgym.files import FileFormat, write_text
-from ffgym.pipeline.folder import MEASURE_AGAIN
+from ffgym.files import write_text
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
@@ -34,21 +32,6 @@ from ffgym.tracking.names import Result, parameters
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Allocation, JSONDict
 
-
-class WindowLosses(BaseModel):
-    """What ``losses.json`` holds beside the table: the loss of every row on every window of the report split.
-
-    ``windows`` is the digest of the windows: rows of two runs can be compared window by window where it is the same.
-    """
-
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    windows: str
-    measured: str
-    losses: dict[str, tuple[float, ...]]
-    has_objectives: bool = False
-
-
 PICTURES = {
     "front.png": "Perplexity against sparsity, for every budget of the range.",
     "differences.png": "Difference of every row from the best heuristic, on the same windows of text.",
@@ -57,7 +40,6 @@ PICTURES = {
     "allocations.png": "What every update of the search kept of every layer, on average.",
 }
 """What a run draws, with captions."""
-WINDOW_LOSSES = FileFormat("record of window losses", WindowLosses, OutputError, MEASURE_AGAIN)
 
 
 REPEAT = """Repeat the run with its artifact `config.toml`:
@@ -69,13 +51,8 @@ $ ffgym run --config config.toml --output NEW_FOLDER
 
 def write_table(folder: Path, table: ReportTable) -> None:
     """``report.md``, ``report.json``, ``losses.json`` and, where differences are known, ``differences.png``."""
-    losses = WindowLosses(
-        windows=table.windows,
-        measured=table.header,
-        losses={row.label: row.losses for row in table.rows},
-        has_objectives=table.has_objectives,
-    )
-    write_text(folder / "losses.json", losses.model_dump_json() + "\n")  # first: the table is read with it
+    # First: the table is read from it. JSON has no infinity and no NaN, so they are strings there.
+    write_text(folder / "losses.json", to_json(table, inf_nan_mode="strings").decode() + "\n")
     write_text(folder / "report.md", table.layout().markdown())
     write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
     differences = [(row.label, found) for row in table.rows if (found := table.difference(row)) is not None]

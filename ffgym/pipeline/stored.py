@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.config.toml import PLUGIN_TABLES, differences, written
-from ffgym.costs.resource import resource_named
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
-from ffgym.pipeline.artifacts import WINDOW_LOSSES
 from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command, stored_config
-from ffgym.plugins import manager
 from ffgym.report.comparison import ComparedRun, Comparison
-from ffgym.report.table import Cost, ReportTable, Row
+from ffgym.report.table import ReportTable
 from ffgym.tracking.runs import find_run, run_with_id
 
-
-class StoredRow(BaseModel):
-    """What a row of ``report.json`` says as `Row` does; the costs are among its other keys."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Annotated[int, Field(lt=2**63)] | FiniteFloat | str | None]
-
-    label: str
-    perplexity: PositiveFloat | None
-    loss_stderr: float | None
-    sparsity_prunable: float
-    sparsity_model: float
-    note: str
-    is_heuristic: bool
-    is_found: bool
-    is_saved: bool
-    refit: str
-    same_as: str
-
-
-TABLE = FileFormat("table of a run", list[StoredRow], OutputError, MEASURE_AGAIN)
+TABLE = FileFormat("table of a run", ReportTable, OutputError, MEASURE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -85,23 +58,15 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
 
 def read_table(folder: Path) -> ReportTable:
     """The table of a run."""
-    table, losses = folder / "report.json", WINDOW_LOSSES.read(folder / "losses.json")
-    resources = {resource.key or resource.name: resource for resource in map(resource_named, manager.names("resource"))}
-    rows = []
-    for stored in TABLE.read(table):
-        costs = tuple(
-            Cost(key, resources[key].column, value, resources[key].text(value))
-            for key, value in (stored.model_extra or {}).items()
-            if key in resources and resources[key].column and isinstance(value, int | float)
-        )
-        known = stored.model_dump(include=set(StoredRow.model_fields))
-        known["perplexity"] = math.nan if stored.perplexity is None else stored.perplexity
-        rows.append(Row(costs=costs, losses=losses.losses.get(stored.label, ()), **known))
-    if not rows or any(row.values.keys() != rows[0].values.keys() or "parameters" not in row.values for row in rows):
-        raise TABLE.refused(str(table), "every row must have the same costs, and `parameters` must be one of them")
-    if any(len(row.losses) != max(1, len(rows[0].losses)) for row in rows):
-        raise WINDOW_LOSSES.refused(str(folder / "losses.json"), "not every row has a loss for every window")
-    return ReportTable(tuple(rows), losses.measured, losses.windows, losses.has_objectives)
+    path = folder / "losses.json"
+    table = TABLE.read(path)
+    alike = {(*(cost.key for cost in row.costs), len(row.losses)) for row in table.rows}
+    if len(alike) != 1 or "parameters" not in table.dense.values or not table.dense.losses:
+        reason = "every row must have the same costs, `parameters` among them, and a loss for every window"
+        raise TABLE.refused(str(path), reason)
+    if any(row.perplexity <= 0 for row in table.rows):
+        raise TABLE.refused(str(path), "every perplexity must be above 0")
+    return table
 
 
 def compare_runs(runs: Sequence[StoredRun]) -> Comparison:

@@ -9,6 +9,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from pydantic import FiniteFloat
+
+from ffgym.files import Count
 from ffgym.report.layout import STAR, Column, Table, numeric
 from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.types import Bos
@@ -28,7 +31,7 @@ class Cost:
 
     key: str
     column: str
-    value: float
+    value: Count | FiniteFloat
     text: str
 
 

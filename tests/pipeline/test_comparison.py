@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.pipeline.artifacts import write_table
 from ffgym.pipeline.stored import read_table
+from ffgym.report.table import Cost
 from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Result, Tracker
 
@@ -35,6 +38,18 @@ def test_a_table_is_read_back_as_it_was_written(runs: dict[str, Path]) -> None:
     before = (runs["one"] / "report.md").read_text()
     write_table(runs["one"], table)
     assert (runs["one"] / "report.md").read_text() == before
+    assert read_table(runs["one"]) == table
+    assert read_table(runs["broken"]).result.perplexity == math.inf
+
+
+def test_a_cost_whose_resource_is_gone_stays_in_the_table(runs: dict[str, Path]) -> None:
+    table = read_table(runs["one"])
+    joules = Cost("joules", "J/token", 3, "3 J")
+    rows = tuple(replace(row, costs=(*row.costs, joules)) for row in table.rows)
+    write_table(runs["one"], replace(table, rows=rows))
+    again = read_table(runs["one"])
+    assert [row.costs[-1] for row in again.rows] == [joules] * 3
+    assert "3 J" in again.layout().markdown()
 
 
 @pytest.mark.usefixtures("drawn")
@@ -133,30 +148,36 @@ def test_an_unfinished_run_is_refused_with_the_command_that_goes_on(runs: dict[s
     assert f"ffgym run --resume {runs['better']}" in said
 
 
-@pytest.mark.parametrize("damage", ["not json", "[]", '[{"label": "dense"}]', '{"rows": 1}'])
-def test_a_damaged_table_is_named(runs: dict[str, Path], damage: str) -> None:
-    (runs["better"] / "report.json").write_text(damage)
+@pytest.mark.parametrize(
+    "damage",
+    ["not json", "[]", '{"rows": [], "header": ""}', '{"windows": "", "measured": "", "losses": {"dense": [1.0]}}'],
+)
+def test_a_damaged_table_and_one_of_an_earlier_version_are_named(runs: dict[str, Path], damage: str) -> None:
+    (runs["better"] / "losses.json").write_text(damage)
     said = failure(call(runs["one"], runs["better"]))
-    assert "better/report.json" in said
-    assert "ffgym run --resume FOLDER" in said
+    assert "better/losses.json is no table of a run" in said
+    assert "Delete report.json in that folder; `ffgym run --resume FOLDER` then makes all results again" in said
 
 
 @pytest.mark.parametrize(
-    ("file", "pattern", "damage"),
+    ("pattern", "damage"),
     [
-        ("report.json", r'"perplexity": [\d.]+', '"perplexity": "x"'),
-        ("report.json", r'"parameters": [\d.]+', '"parameters": null'),
-        ("losses.json", r'"dense":\[[^]]+\]', '"dense":[]'),
-        ("losses.json", r'("dense":\[[^],]+),[^]]+\]', r"\1]"),
+        (r'"perplexity":[\d.]+', '"perplexity":"x"'),
+        (r'"perplexity":[\d.]+', '"perplexity":0'),
+        (r'"value":[\d.]+', '"value":null'),
+        (r'"value":[\d.]+', '"value":"NaN"'),
+        (r'"parameters"', '"params"'),
+        (r'"losses":\[[^]]+\]', '"losses":[]'),
+        (r'("losses":\[[^],]+),[^]]+\]', r"\1]"),
     ],
 )
-def test_a_value_that_no_table_has_is_named(runs: dict[str, Path], file: str, pattern: str, damage: str) -> None:
-    path = runs["better"] / file
+def test_a_value_that_no_table_has_is_named(runs: dict[str, Path], pattern: str, damage: str) -> None:
+    path = runs["better"] / "losses.json"
     path.write_text(re.sub(pattern, damage, path.read_text(), count=1))
-    assert f"better/{file}" in failure(call(runs["one"], runs["better"]))
+    assert "better/losses.json is no table of a run" in failure(call(runs["one"], runs["better"]))
 
 
-@pytest.mark.parametrize("file", ["report.json", "allocation.json"])
+@pytest.mark.parametrize("file", ["losses.json", "allocation.json"])
 def test_the_results_of_a_finished_run_that_are_damaged_are_named(runs: dict[str, Path], file: str) -> None:
     (runs["one"] / file).write_text("[" * 3000)
     done = CliRunner().invoke(app, ["run", "--resume", str(runs["one"]), "--json"])

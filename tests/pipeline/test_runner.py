@@ -140,11 +140,11 @@ def test_draws_that_no_prior_guides_are_not_called_near_one(finished_with: Calla
 
 def test_the_loss_of_every_window_is_kept_so_that_runs_can_be_compared(finished: Finished) -> None:
     kept = json.loads((finished.folder / "losses.json").read_text())
-    assert kept["measured"] == finished.result.table.header
+    assert kept["header"] == finished.result.table.header
     assert kept["windows"] == load_parts(finished.config)[1].report.digest
-    assert list(kept["losses"]) == list(finished.rows)
-    for label, row in finished.rows.items():
-        assert math.exp(np.mean(kept["losses"][label])) == pytest.approx(row.perplexity)
+    assert [row["label"] for row in kept["rows"]] == list(finished.rows)
+    for stored, row in zip(kept["rows"], finished.rows.values(), strict=True):
+        assert math.exp(np.mean(stored["losses"])) == pytest.approx(row.perplexity)
 
 
 def test_the_header_says_how_it_was_measured(finished: Finished) -> None:
