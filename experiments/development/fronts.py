@@ -19,6 +19,7 @@ from ffgym.config.toml import load_config
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.pipeline.task import open_task
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
 from ffgym.report.progress import Reporter
 
 WINDOWS = 32
@@ -36,7 +37,7 @@ def main(runs: list[str], targets: list[float]) -> None:
         trials = []
         for run in runs:
             policy = json.loads((Path(run) / "policy.json").read_text(encoding="utf-8"))
-            agent = manager.create("agent", policy["agent"])
+            agent: Agent = manager.create("agent", policy["agent"])
             agent.load_state(policy["state"])
             importance = agent.recommend(np.array([target, 1.0], dtype=np.float32))[-1]
             allocation = env.budget.allocation(env.budget.project(importance, target).kept)

@@ -22,6 +22,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.evaluation.evaluator import Request
 from ffgym.evaluation.perplexity import evaluate, predicting, token_losses
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Heuristic
 from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.parts import build_env, load_parts, make_budget, prepare_model
 from ffgym.pruning.calibration import NestedRidge
@@ -72,7 +73,7 @@ def main() -> None:
     prepared = prepare_model(config, loaded, splits.calibration.windows)
     env = build_env(config, prepared, splits.search.windows, make_budget(config, loaded.model), loaded)
     prunable = prepared.prunable
-    heuristic = manager.create("heuristic", "mlp-first", {"spare_first": 3, "spare_last": 1})
+    heuristic: Heuristic = manager.create("heuristic", "mlp-first", {"spare_first": 3, "spare_last": 1})
     allocation = env.budget.project(check_importance(heuristic, prepared.views), config.prune.target)
     subset = tuple(range(TOKENS // config.data.window))
     windows = splits.search.windows[list(subset)]

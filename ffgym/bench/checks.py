@@ -16,6 +16,7 @@ from ffgym.errors import ConfigError
 from ffgym.pipeline.agent import policy_digest
 from ffgym.pipeline.settle import check_plugins
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import update_episodes
 from ffgym.prepare import configured
 from ffgym.prepare.parts import counted_resources, named_table, table_digest
@@ -153,7 +154,7 @@ def _terms(config: RunConfig) -> JSONDict:
     if config.agent.name == "one-shot":
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window
-    agent = manager.create("agent", config.agent.name, config.agent.options)
+    agent: Agent = manager.create("agent", config.agent.name, config.agent.options)
     _, update = update_episodes(agent, search.episodes_per_update)
     return {
         **terms,

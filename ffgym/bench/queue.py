@@ -11,6 +11,7 @@ from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent
 from ffgym.prepare.workers import local_places
 from ffgym.report.progress import Reporter, clock
 from ffgym.search.finals import expected_tokens
@@ -134,7 +135,7 @@ def _tokens(cell: Cell) -> int:
     config = cell.config
     search, report_tokens = config.search, config.data.report_tokens
     spent = search.episodes * search.episode_tokens
-    agent = manager.create("agent", config.agent.name, config.agent.options)
+    agent: Agent = manager.create("agent", config.agent.name, config.agent.options)
     if not agent.searches:
         return spent + report_tokens
     finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, config.final_windows)

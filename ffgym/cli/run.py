@@ -124,11 +124,12 @@ def prepare_model(config: RunConfig) -> None:
     from ffgym.pipeline.settle import settle
     from ffgym.pipeline.task import open_task
     from ffgym.plugins import manager
+    from ffgym.plugins.bases import Criterion
     from ffgym.prepare.store import is_stored
     from ffgym.report.progress import Reporter
 
     config = settle(config)
-    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    criterion: Criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     if not is_stored(criterion, config.prune.calibration):
         raise ConfigError(
             "what is prepared cannot be kept in the cache, so no run would find it",

@@ -24,7 +24,7 @@ def make_agent(config: RunConfig) -> Agent:
     Raises:
         ConfigError: no such agent, options or policy, or no prior where it needs one.
     """
-    agent = manager.create("agent", config.agent.name, config.agent.options)
+    agent: Agent = manager.create("agent", config.agent.name, config.agent.options)
     if agent.needs_prior and config.prior.name == "none":
         raise ConfigError(
             f"agent {config.agent.name!r} needs a prior, and prior.name is 'none'", hint="Give --prior uniform."

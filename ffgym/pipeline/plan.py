@@ -14,7 +14,7 @@ from ffgym.pipeline.compare import asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent
+from ffgym.plugins.bases import Agent, Heuristic
 from ffgym.prepare.parts import LOADING, PREPARING, make_reward, settings_of
 from ffgym.prepare.planning import placed, plan_of
 from ffgym.prepare.store import made_under
@@ -31,7 +31,8 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         ModelError: the model's architecture is not supported, or its config is missing or damaged.
     """
     search, window = config.search, config.data.window
-    needs = frozenset[str]().union(*(manager.create("heuristic", *rule).needs for rule in asked_rules(config)))
+    rules: list[Heuristic] = [manager.create("heuristic", *rule) for rule in asked_rules(config)]
+    needs = frozenset[str]().union(*(rule.needs for rule in rules))
     plan = plan_of(config, needs)
     if config.prune.resource == "params":  # other resources need the model itself
         prune = config.prune

@@ -72,8 +72,9 @@ def _random_baseline(task: Task, session: Session) -> SearchResult:
     size = min(search.episodes_per_update, search.episodes)
     config = task.config.model_copy(update={"search": search.model_copy(update={"episodes_per_update": size})})
     near = {} if config.prior.name == "none" else {"spread": NEAR_PRIOR}
-    agent, log = manager.create("agent", "random", near), session.folder / "episodes-random.jsonl"
+    agent: Agent = manager.create("agent", "random", near)
     give_prior(agent, task)
+    log = session.folder / "episodes-random.jsonl"
     (found,) = tracked_search(
         replace(task, config=config), agent, session.progress, session.tracker, "search: random", log, "search/random"
     )

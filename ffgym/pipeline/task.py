@@ -23,7 +23,7 @@ from ffgym.evaluation.evaluator import Evaluator
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.models.loading import LoadedModel
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent
+from ffgym.plugins.bases import Agent, Heuristic
 from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.parts import LOADING, build_env, costs_in, counted_resources, load_parts, make_budget, prepare_model
 from ffgym.prepare.paths import Prepared
@@ -76,7 +76,7 @@ class Task:
         """Importances of a heuristic that are wanted for a sparsity, shape (2L,), float32; it is asked once."""
         key = heuristic, repr(options), sparsity
         if key not in self._asked:
-            rule = manager.create("heuristic", heuristic, options)
+            rule: Heuristic = manager.create("heuristic", heuristic, options)
             rule.target = sparsity
             self._asked[key] = check_importance(rule, self.prepared.views)
         return self._asked[key]
@@ -100,7 +100,8 @@ def open_task(
     with reporter.stage(LOADING, 1):
         loaded, splits = load_parts(config)
     reporter.print(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
-    needs = frozenset[str]().union(*(manager.create("heuristic", name, options).needs for name, options in heuristics))
+    rules: list[Heuristic] = [manager.create("heuristic", name, options) for name, options in heuristics]
+    needs = frozenset[str]().union(*(rule.needs for rule in rules))
     costs = _costs(config, loaded.model, reporter, recorded)
     budget = make_budget(config, loaded.model, costs)
     prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-OtherKind = Literal["calibration", "corpus", "export", "family", "metric", "recovery", "resource"]
-"""Kinds whose base class lies in a room above the manager's."""
-
-PluginKind = Literal["agent", "criterion", "heuristic", "reward"] | OtherKind
+PluginKind = (
+    Literal["agent", "criterion", "heuristic", "reward"]
+    | Literal["calibration", "corpus", "export", "family", "metric", "recovery", "resource"]
+)
 
 
 class Kind(NamedTuple):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 from pydantic import ValidationError
 
 from ffgym.config.refusals import config_error
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import discovery
-from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, PluginConfig, Reward
+from ffgym.plugins.bases import Plugin, PluginConfig
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, located, providers
-from ffgym.plugins.kinds import KINDS, OtherKind, PluginKind, imported
+from ffgym.plugins.kinds import KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
 
 
@@ -51,17 +51,7 @@ def traceback_of(name: str) -> str:
     return "\n".join(failures) or f"{name} was loaded without a failure"
 
 
-@overload
-def get_class(kind: Literal["agent"], name: str) -> type[Agent]: ...
-@overload
-def get_class(kind: Literal["criterion"], name: str) -> type[Criterion]: ...
-@overload
-def get_class(kind: Literal["heuristic"], name: str) -> type[Heuristic]: ...
-@overload
-def get_class(kind: Literal["reward"], name: str) -> type[Reward]: ...
-@overload
-def get_class(kind: OtherKind, name: str) -> Any: ...
-def get_class(kind: PluginKind, name: str) -> type[Plugin]:
+def get_class(kind: PluginKind, name: str) -> Any:
     """Find the class behind a name.
 
     Raises:
@@ -69,8 +59,7 @@ def get_class(kind: PluginKind, name: str) -> type[Plugin]:
         PluginError: two packages provide it.
     """
     if name in BUILTINS[kind]:
-        cls: type[Plugin] = imported(BUILTINS[kind][name].target)
-        return cls
+        return imported(BUILTINS[kind][name].target)
     offers = providers(kind, name)
     if len(offers) > 1:
         raise PluginError(
@@ -82,17 +71,7 @@ def get_class(kind: PluginKind, name: str) -> type[Plugin]:
     return offers[0].cls
 
 
-@overload
-def create(kind: Literal["agent"], name: str, options: Mapping[str, Any] | None = None) -> Agent: ...
-@overload
-def create(kind: Literal["criterion"], name: str, options: Mapping[str, Any] | None = None) -> Criterion: ...
-@overload
-def create(kind: Literal["heuristic"], name: str, options: Mapping[str, Any] | None = None) -> Heuristic: ...
-@overload
-def create(kind: Literal["reward"], name: str, options: Mapping[str, Any] | None = None) -> Reward: ...
-@overload
-def create(kind: OtherKind, name: str, options: Mapping[str, Any] | None = None) -> Any: ...
-def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Plugin:
+def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None) -> Any:
     """Make an instance with validated options.
 
     Args:

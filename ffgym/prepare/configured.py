@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ffgym.config.tables import PluginTable, RunConfig
 from ffgym.config.toml import changed_settings, settings
 from ffgym.errors import ConfigError, FFGymError
-from ffgym.plugins.bases import Plugin
+from ffgym.plugins.bases import Plugin, Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.contracts import update_episodes
 from ffgym.plugins.discovery import entries, package_behind
@@ -68,7 +68,7 @@ def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str,
 def editions(config: RunConfig) -> dict[str, int]:
     """The editions of the plugins that a configuration names, by table or key; first editions are left out."""
     used = {key: cls for key, (_, cls) in used_plugins(config).items()}
-    reward = create("reward", config.reward.name, config.reward.options)
+    reward: Reward = create("reward", config.reward.name, config.reward.options)
     weighed = reward.resources if "cost" in reward.needs else ()
     used |= {f"reward.{resource}": get_class("resource", resource) for resource in weighed}
     return {key: cls.edition for key, cls in used.items() if cls.edition != 1}

@@ -37,7 +37,7 @@ from ffgym.models.loading import LoadedModel, config_of, context_limit, load
 from ffgym.models.placement import tokens_per_batch
 from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Reward
+from ffgym.plugins.bases import Criterion, Reward
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
@@ -151,7 +151,7 @@ def prepare_model(
         WorkerError: it comes to something else.
     """
     reporter = reporter or Reporter()
-    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    criterion: Criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     facts: dict[str, Any] = {
         "calibration": config.prune.calibration,
         "ridge": None if config.prune.ridge == "auto" else float(config.prune.ridge),
@@ -316,7 +316,7 @@ def make_reward(config: RunConfig) -> Reward:
             latency table that nothing reads.
         UnknownNameError: no such reward, task or resource.
     """
-    reward = manager.create("reward", config.reward.name, config.reward.options)
+    reward: Reward = manager.create("reward", config.reward.name, config.reward.options)
     if "accuracy" in reward.needs:
         if not reward.tasks:
             raise ConfigError(

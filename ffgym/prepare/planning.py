@@ -17,6 +17,7 @@ from ffgym.plan.machine import free_memory
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of
 from ffgym.plugins import manager
+from ffgym.plugins.bases import Criterion, Reward
 from ffgym.prepare.calibrations import calibration_class, has_ridge_path
 from ffgym.prepare.store import is_stored
 from ffgym.pruning.budget import width_step
@@ -37,7 +38,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     device = choose_device(model.device)
     is_spread = model.device == "balanced"
     devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if is_spread else [device]
-    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    criterion: Criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     dtype = choose_dtype(device) if model.dtype == "auto" else named_dtype(model.dtype)
     shape = shape_of(config_of(model.name, revision=model.revision), model.name)
     saved_in = narrower_dtype(shape.saved_as, dtype)
@@ -82,7 +83,7 @@ def placed(config: RunConfig, plan: Plan) -> Plan:
 
 def _what_needs_memory(config: RunConfig, shape: ModelShape) -> tuple[str, str]:
     """Why the layers of a run cannot be streamed, and what to change; empty where they can."""
-    criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
+    criterion: Criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     if not has_ridge_path(calibration_class(config.prune.calibration)):
         return f"the cache keeps no refits of calibration {config.prune.calibration!r}", "Use --calibration ridge"
     if not is_stored(criterion, config.prune.calibration):
@@ -103,7 +104,7 @@ def _what_needs_memory(config: RunConfig, shape: ModelShape) -> tuple[str, str]:
             f"recover.method = {config.recover.method!r} trains a model in memory",
             "Run without it (where the saved model fits, ffgym recover trains it later)",
         )
-    reward = manager.create("reward", config.reward.name, config.reward.options)
+    reward: Reward = manager.create("reward", config.reward.name, config.reward.options)
     resources = {config.prune.resource, *(reward.resources if "cost" in reward.needs else ())}
     if measured := sorted(name for name in resources if resource_class(name).is_measured()):
         return f"{measured[0]} is measured on a model in memory", "Count another resource, such as params"

@@ -259,7 +259,7 @@ def test_a_plugin_that_is_asked_for_by_its_entry_point_says_what_it_provides(ins
     install("acme-mine", CRITERION.format(name="mine"))
     for kind, name in (("criterion", "acme-mine-entry"), ("heuristic", "acme-mine-entry")):
         with pytest.raises(UnknownNameError, match="The plugin of this name provides criterion 'mine'"):
-            manager.get_class(kind, name)  # type: ignore[call-overload]
+            manager.get_class(kind, name)  # type: ignore[arg-type]
     install("acme-taken", CRITERION.format(name="wanda"))
     with pytest.raises(UnknownNameError, match=r"provides criterion 'wanda' \(criterion 'wanda' is a built-in"):
         manager.get_class("criterion", "acme-taken-entry")
@@ -330,7 +330,7 @@ def test_a_number_of_episodes_may_be_a_property(install: Install, attribute: str
 def test_a_property_that_fails_names_the_plugin(install: Install, base: str, members: str, said: str) -> None:
     install("acme-mine", offering(base, f"'name': 'mine', '__module__': __name__, {members}"))
     with pytest.raises(PluginError, match=rf"{base.lower()} 'mine' \(package .*\): {said}.*acme_mine\.py, line \d"):
-        manager.create(base.lower(), "mine")  # type: ignore[call-overload]
+        manager.create(base.lower(), "mine")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
