@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 from ffgym.config.tables import RecoverTable, RunConfig
-from ffgym.config.toml import flatten, load_config, to_toml
+from ffgym.config.toml import to_toml
 from ffgym.data.splits import windows_digest
-from ffgym.errors import ConfigError, FFGymError, PluginError, RecoveryError
+from ffgym.errors import FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
@@ -34,7 +34,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
-from ffgym.recover.folders import check_output, find_run_config, output_folder, place_lock, unfinished_folder
+from ffgym.recover.folders import check_output, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
@@ -76,11 +76,11 @@ def recover(
     source = model_folder(Path(folder)).resolve()
     config, dense = _with_dense(config, source)
     check_method(config.recover, dense)
-    asked = _asked(config, source, dense)
     config = configured.with_options(config, ["recover"])
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
     check_output(source, place, overwrite)
     reporter, tracking = Reporter(progress), config.tracking
+    record, written = unfinished_folder(place) / "config.toml", _record(config, dense)
     with Tracker(
         tracking.folder,
         tracking.experiment,
@@ -88,7 +88,8 @@ def recover(
         tracking.enabled,
         unsent=place.parent,
         command="ffgym recover",
-        again=shlex.join(["ffgym", "recover", str(source), "--output", str(place), *asked]),
+        again=shlex.join(["ffgym", "recover", str(source), "--config", str(record), "--output", str(place)]),
+        can_go_on=lambda: record.is_file() and record.read_text(encoding="utf-8") == written,  # not another training's
         notify=reporter.print,
     ) as tracker:
         tracker.set_tags({FOLDER_TAG: str(place)})
@@ -116,21 +117,6 @@ def _with_dense(config: RunConfig, source: Path) -> tuple[RunConfig, str | None]
         return config, given
     model = config.model.model_copy(update={"name": record.name, "revision": record.revision})
     return config.model_copy(update={"model": model}), record.name
-
-
-def _asked(config: RunConfig, source: Path, dense: str | None) -> list[str]:
-    """The options of a command line that make this configuration out of the one that is found with the model."""
-    then: JSONDict = {}
-    with suppress(ConfigError):  # it was not used: another one was named
-        then = flatten(load_config(find_run_config(source)).model_dump(mode="json"))
-    now = flatten(config.model_dump(mode="json"))
-    if dense is None:  # its name is a default that nobody asked for
-        del now["model.name"]
-    changed = {key: value for key, value in now.items() if key not in then or then[key] != value}
-    texts = [
-        f"{key}={json.dumps('' if value is None else value, ensure_ascii=False)}" for key, value in changed.items()
-    ]
-    return [part for text in texts for part in ("--set", text)]
 
 
 def check_method(table: RecoverTable, dense: str | None) -> Recovery:
@@ -180,6 +166,7 @@ def train_and_save(
         reporter.print(texts.describe(config.recover.tokens))
         checkpoint = Checkpoint(unfinished_folder(place), _identity(config, method, source, loaded, texts, dense))
         checkpoint.claim(overwrite=overwrite)
+        checkpoint.write("config.toml", _record(config, dense))  # the command that goes on reads it
         recovery = _Recovery(config, method, source, dense, loaded, texts, checkpoint, tracker, reporter)
         recovery.log_start()
         if checkpoint.exists:
@@ -389,7 +376,7 @@ class _Recovery:
         return RecoveredModel(saved, table, table.rows[-1].evaluation, summary)
 
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
-        """The curve and the configuration, beside the checkpoints; of a curve that is no JSON, what else there is."""
+        """The curve, beside the checkpoints and the configuration; of a curve that is no JSON, what else there is."""
         rows = table.layout().as_dicts()
 
         def content(curve: JSONDict) -> str:
@@ -400,10 +387,11 @@ class _Recovery:
         except PluginError as error:
             self.reporter.print(f"{CURVE} is without the curve: {error.message}")
             text = content({})
-        written = {CURVE: text, "config.toml": _record(self.config, self.dense)}
+        written = {CURVE: text}
         if self.dense is not None and (place := recorded_name(self.dense)):
             written["run.json"] = json.dumps({"dense": place}) + "\n"
-        return [self.checkpoint.write(name, text) for name, text in written.items()]
+        paths = [self.checkpoint.write(name, text) for name, text in written.items()]
+        return [self.checkpoint.folder / "config.toml", *paths]
 
     @default_style()
     def _draw(self, outcome: TrainingOutcome, picture: Path) -> None:

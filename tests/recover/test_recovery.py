@@ -324,11 +324,14 @@ def test_an_interrupted_training_is_killed_in_mlflow_which_says_how_to_go_on(
     with pytest.raises(KeyboardInterrupt):
         recovered(folder, config=config)
     undo()
-    (first,) = runs(tmp_path / "mlruns")
+    with pytest.raises(RecoveryError, match="holds an unfinished training"):
+        recovered(folder, config=config.model_copy(update={"seed": 6}))
+    first, refused = runs(tmp_path / "mlruns")
+    assert "ffgym.resume" not in refused.data.tags, "the unfinished training is another one"
     done = CliRunner().invoke(app, shlex.split(first.data.tags["ffgym.resume"])[1:])
     assert done.exit_code == 0, done.output
     assert "going on with the training" in done.output
-    first, second = runs(tmp_path / "mlruns")
+    first, _, second = runs(tmp_path / "mlruns")
     assert [first.info.status, second.info.status] == ["KILLED", "FINISHED"]
     # The second run has the whole curve.
     points = client(tmp_path / "mlruns").get_metric_history(second.info.run_id, "recover/train_loss")
