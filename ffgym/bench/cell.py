@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ffgym.bench.table import CellResult
+from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, settings, to_toml
 from ffgym.errors import DataError
@@ -188,38 +188,42 @@ class CellRunner:
                 stage.advance()
                 return known[kept]
 
-            marks = [{"tokens": tokens, "loss": measured(allocation.kept).loss} for tokens, allocation in noted]
+            marks = [Mark(tokens=tokens, loss=measured(allocation.kept).loss) for tokens, allocation in noted]
             best = found.best.allocation
             chosen = measured(best.kept)
-            final = {"kept": best.kept, "loss": chosen.loss, "losses": chosen.losses, "sparsity": best.sparsity}
+            final = Final(
+                kept=list(best.kept),
+                loss=chosen.loss,
+                sparsity=best.sparsity,
+                origin=found.best.origin,
+                losses=list(chosen.losses),
+            )
             if cell.plain:
-                final["plain_loss"] = on_report(task, best.kept, calibrated=False).loss
+                final.plain_loss = on_report(task, best.kept, calibrated=False).loss
                 stage.advance()
             if self._dense_loss is None:
                 self._dense_loss = on_report(task, task.prepared.prunable.dense_units).loss
             stage.advance()
-        return CellResult.model_validate(
-            {
-                "label": cell.label,
-                "agent": cell.config.agent.name,
-                "seed": cell.seed,
-                "settings": settings(cell.config),
-                "target": cell.config.prune.target,
-                "dense_loss": self._dense_loss,
-                "report_tokens": task.splits.report.predicted_tokens,
-                "search_tokens": found.search_tokens,
-                "final_tokens": found.final_tokens,
-                "episodes": len(found.history),
-                "seconds": round(found.seconds, 1),
-                "threads": torch.get_num_threads(),
-                "dtype": task.loaded.dtype_name,
-                "policy": policy_digest(cell.config),
-                "latency": _measured_digest(task),
-                "editions": configured.editions(cell.config),
-                "asked_marks": cell.marks,
-                "marks": marks,
-                "final": {**final, "origin": found.best.origin},
-            }
+        return CellResult(
+            label=cell.label,
+            agent=cell.config.agent.name,
+            seed=cell.seed,
+            settings=settings(cell.config),
+            target=cell.config.prune.target,
+            dense_loss=self._dense_loss,
+            report_tokens=task.splits.report.predicted_tokens,
+            search_tokens=found.search_tokens,
+            final_tokens=found.final_tokens,
+            episodes=len(found.history),
+            seconds=round(found.seconds, 1),
+            threads=torch.get_num_threads(),
+            dtype=task.loaded.dtype_name,
+            policy=policy_digest(cell.config),
+            latency=_measured_digest(task),
+            editions=configured.editions(cell.config),
+            asked_marks=cell.marks,
+            marks=marks,
+            final=final,
         )
 
 

@@ -162,7 +162,9 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
     base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
     environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
-    environment |= _threads(setting) | dict.fromkeys(unset)
+    environment |= dict.fromkeys(unset)
+    if setting.threads is not None:
+        environment["OMP_NUM_THREADS"] = str(setting.threads)
 
     def server(role: str, folder: Path, *more: str) -> Server:
         return Server(
@@ -212,7 +214,8 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     said = _run(program, "--version")
     found = None if isinstance(said, OSError) else re.search(r"version: (.+)", said.stdout)
     version = f"llama.cpp {found[1] if found else ''}".strip()
-    return Fleet(version, tuple(servers), _gpu(), bytes_beside_weights=1 << 30)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None  # llama.cpp sees what this process sees
+    return Fleet(version, tuple(servers), gpu, bytes_beside_weights=1 << 30)
 
 
 def _probed(python: str, unset: tuple[str, ...]) -> list[str]:
@@ -374,15 +377,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 os.killpg(process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(END_SECONDS)
-
-
-def _gpu() -> str | None:
-    """The GPU that an engine finds that sees what this process sees."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def _threads(setting: Setting) -> dict[str, str]:
-    return {} if setting.threads is None else {"OMP_NUM_THREADS": str(setting.threads)}
 
 
 @functools.cache
