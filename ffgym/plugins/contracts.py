@@ -157,7 +157,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
-    """Let a heuristic give its importances for 2L views; those of a streamed model are in no list or tuple.
+    """Let a heuristic give its importances for 2L views.
 
     Returns:
         shape (2L,), float32, in [-1, 1].
@@ -170,7 +170,8 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
 
     given = {
         f"{name} of {view.sublayer.name}": tensor
-        for view in (sublayers if isinstance(sublayers, list | tuple) else ())  # others are read anew each time
+        for view in sublayers
+        if type(view) is SublayerView  # those of a streamed model are read anew each time
         for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
     }
     before = {name: fingerprint(tensor) for name, tensor in given.items()}

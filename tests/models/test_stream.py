@@ -25,11 +25,13 @@ from ffgym.errors import AssetError, ModelError, OutputError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, evaluate_cut
 from ffgym.export.checkpoint import save_pruned
+from ffgym.heuristics.uniform import Uniform
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
 from ffgym.models.stream import LayerStream, streamed_model
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins.bases import Criterion
+from ffgym.plugins.contracts import check_importance
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.store import opened_or_prepared, store_key, weights_digest
 from ffgym.testing.models import tiny_model
@@ -243,6 +245,12 @@ def test_an_update_reads_each_layer_once(folder: Path, monkeypatch: pytest.Monke
     evaluator = ModelEvaluator(prepared.prunable, WINDOWS)
     evaluator.measure(requests)
     assert read == {0: 1, 1: 1, 2: 1}
+
+
+def test_no_layer_is_read_for_a_heuristic_that_looks_at_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    views = prepared_from_disk(folder).views
+    monkeypatch.setattr(LayerStream, "_fetch", lambda self, layer: pytest.fail(f"read layer {layer}"))
+    check_importance(Uniform(), views)
 
 
 def test_after_an_error_inside_a_layer_it_goes_on(folder: Path) -> None:
