@@ -35,10 +35,10 @@ LOADED_BYTES = 1e9  # a second
 BACKWARD = 2  # a walk backwards in forward passes
 FORWARD_ATTENTION = 5  # tensors of the residual stream's width that are alive in the attention of a batch
 FORWARD_MLP = 3  # of the intermediate width in its MLP
-# What a layer's graph keeps for its backward pass, in tensors of each width, those in float32 counted twice; and the
-# bytes for each logit of the loss: the model's, in float32, its logarithm, and their gradients. A divergence takes the
-# second number more, for the logits of the dense model and the terms that it sums.
-GRAPH_RESIDUALS, GRAPH_ATTENTION, GRAPH_MLP, LOGIT_BYTES, DIVERGING_BYTES = 12, 8, 6, 16, 12
+# Tensors of each width that a layer's graph and its backward pass hold, measured; and the bytes for each logit of the
+# loss: the model's, in float32, its logarithm, and their gradients. A divergence takes the second number more, for the
+# logits of the dense model and the terms that it sums.
+GRAPH_RESIDUALS, GRAPH_ATTENTION, GRAPH_MLP, LOGIT_BYTES, DIVERGING_BYTES = 6, 6, 6, 16, 12
 
 
 @dataclass(frozen=True)
@@ -312,17 +312,21 @@ def _search(shape: ModelShape, load: Workload) -> Stage:
     met = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
     known = 0 if load.diverging else load.known_tokens  # losses are kept from run to run, states are not
     dense = Operations(forward(shape, load)) * max(0, met - known)
-    memory = found.memory | ({"slopes": _slopes(shape, load)} if load.slopes else {})
+    memory = found.memory
+    if load.slopes:
+        slopes = _slopes(shape, load)
+        # One after the other: losses, the gradient at the last layer, and layer by layer back to the first.
+        memory = memory | {"activations": max(0, memory["activations"] - slopes), "slopes": slopes}
     return Stage(found.name, found.tokens, found.operations + dense, memory)
 
 
 def _slopes(shape: ModelShape, load: Workload) -> int:
-    """Bytes of the states before each layer, of the graph of a layer for one window, and of some rows of logits."""
+    """Bytes of the states before each layer, and of what needs more: some rows of logits, or a layer's graph."""
     states = (len(shape.sublayers) // 2 + 1) * hidden_states(shape, load, load.episode_tokens)
     attention, mlp = shape.widest("attention"), shape.widest("mlp")
     graph = load.window * (GRAPH_RESIDUALS * shape.hidden + GRAPH_ATTENTION * attention + GRAPH_MLP * mlp)
     logits = LOGIT_ROWS * shape.vocabulary * (LOGIT_BYTES + DIVERGING_BYTES * load.diverging)
-    return states + graph * load.dtype.itemsize + logits
+    return states + max(graph * load.dtype.itemsize, logits)
 
 
 def _finals(shape: ModelShape, load: Workload) -> Stage:
