@@ -50,19 +50,12 @@ class Strict(BaseModel):
 
 @dataclass(frozen=True)
 class FileFormat(Generic[T]):
-    """One kind of file (or line) on disk: what it is called, what it must hold, and what to do where it does not.
+    """One kind of file (or line) on disk: what it is called, what it must hold, and what to do where it does not."""
 
-    Attributes:
-        what: as messages call it, e.g. ``"policy"``.
-        form: a pydantic model, a dataclass, or a type such as ``dict[str, Any]``.
-        error: what is raised.
-        hint: the next step.
-    """
-
-    what: str
-    form: type[T]
-    error: type[FFGymError]
-    hint: str
+    what: str  # as messages call it, e.g. "policy"
+    form: type[T]  # a pydantic model, a dataclass, or a type such as dict[str, Any]
+    error: type[FFGymError]  # what is raised
+    hint: str  # the next step
 
     def read(self, path: Path) -> T:
         """Read and validate a JSON file, or a TOML file where the name ends in ``.toml``.

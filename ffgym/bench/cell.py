@@ -47,19 +47,14 @@ MLFLOW_NOTE = FileFormat("note of an MLflow run", str, DataError, DELETE_IT)
 
 @dataclass(frozen=True)
 class Cell:
-    """One agent, one seed, one configuration.
-
-    Attributes:
-        marks: at how many token marks the incumbent is measured, >= 2.
-        plain: what was found is also measured without any refit.
-    """
+    """One agent, one seed, one configuration."""
 
     label: str
     seed: int
     config: RunConfig
     path: Path
-    marks: int
-    plain: bool = False
+    marks: int  # at how many token marks the incumbent is measured, >= 2
+    plain: bool = False  # what was found is also measured without any refit
 
     @cached_property
     def digest(self) -> str:
@@ -85,19 +80,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to compute.
-
-    Attributes:
-        heuristics: (name, options) of every heuristic that cells on the same prepared model ask for.
-        parent: MLflow run that the cell's is a child of; ``None`` where tracking is off.
-        places: model and texts where the bench has found them, which a worker's machine must see.
-    """
+    """A cell to compute."""
 
     cell: Cell
+    # (name, options) of every heuristic that cells on the same prepared model ask for
     heuristics: tuple[tuple[str, JSONDict], ...]
-    parent: str | None
+    parent: str | None  # MLflow run that the cell's is a child of; None where tracking is off
     title: str
-    places: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()  # model and texts where the bench has found them, which a worker's machine must see
 
 
 class CellRunner:

@@ -62,15 +62,11 @@ class BenchFile(Strict):
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench file, read and expanded.
-
-    Attributes:
-        cells: what it computes; none where its results are dated.
-    """
+    """A bench file, read and expanded."""
 
     file: Path
     spec: BenchFile
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...]  # what it computes; none where its results are dated
 
     @property
     def results(self) -> list[Path]:

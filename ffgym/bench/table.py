@@ -99,53 +99,36 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One agent over its seeds.
-
-    Attributes:
-        perplexity: over seeds, report split.
-        times_dense: the same as a multiple of the dense model's.
-        difference: from the best heuristic on the same windows; ``None`` for itself, and where windows were not kept.
-        plain: the same without any refit; ``None`` where no seed has it.
-        tokens: mean tokens of search and finals.
-        seconds: mean wall time of search and finals.
-        differences: by baseline, from that search on the same windows, as ``difference``.
-        tokens_to: by baseline, tokens until the mean incumbent was as good as that one's final quality (interpolated
-            between marks, in log tokens); ``None`` where it never was.
-        first_mark: tokens of the first mark: what was reached by then may have taken fewer.
-    """
+    """One agent over its seeds."""
 
     label: str
-    perplexity: Mean
-    times_dense: float
+    perplexity: Mean  # over seeds, report split
+    times_dense: float  # the same as a multiple of the dense model's
+    # from the best heuristic on the same windows; None for itself, and where windows were not kept
     difference: Difference | None
-    plain: Mean | None
+    plain: Mean | None  # the same without any refit; None where no seed has it
     seeds: int
     dtypes: str
-    tokens: float
-    seconds: float
-    differences: Mapping[str, Difference | None]
+    tokens: float  # mean tokens of search and finals
+    seconds: float  # mean wall time of search and finals
+    differences: Mapping[str, Difference | None]  # by baseline, from that search on the same windows, as difference
+    # by baseline, tokens until the mean incumbent was as good as that one's final quality (interpolated between marks,
+    # in log tokens); None where it never was
     tokens_to: Mapping[str, float | None]
-    first_mark: float
+    first_mark: float  # tokens of the first mark: what was reached by then may have taken fewer
 
 
 @dataclass(frozen=True)
 class BenchTable:
-    """Rows, best first, and how they were measured.
-
-    Attributes:
-        baselines: labels that every row is compared with, as far as they have results.
-        heuristic: label of the best one, where there is one.
-        ties: labels of the rows that tie with the first one on the same windows.
-        files: where the table and its picture were written.
-    """
+    """Rows, best first, and how they were measured."""
 
     title: str
     rows: tuple[BenchRow, ...]
     header: str
-    baselines: tuple[str, ...]
-    heuristic: str | None
-    ties: tuple[str, ...]
-    files: tuple[str, ...] = ()
+    baselines: tuple[str, ...]  # labels that every row is compared with, as far as they have results
+    heuristic: str | None  # label of the best one, where there is one
+    ties: tuple[str, ...]  # labels of the rows that tie with the first one on the same windows
+    files: tuple[str, ...] = ()  # where the table and its picture were written
 
     def layout(self) -> Table[BenchRow]:
         """What stands where."""

@@ -16,17 +16,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of repeated measurements, and how far apart they lie.
+    """The middle of repeated measurements, and how far apart they lie."""
 
-    Attributes:
-        median: half of the repetitions lie below it.
-        low: first quartile.
-        high: third quartile.
-    """
-
-    median: float
-    low: float
-    high: float
+    median: float  # half of the repetitions lie below it
+    low: float  # first quartile
+    high: float  # third quartile
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Spread:

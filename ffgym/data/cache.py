@@ -155,17 +155,12 @@ def _drop(folder: Path, lock: ExitStack) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """Something in the cache.
+    """Something in the cache."""
 
-    Attributes:
-        kind: the folder of the cache: ``"prepared"``, ``"models"``, ``"assets"``, ...
-        used: seconds since the epoch.
-    """
-
-    kind: str
+    kind: str  # the folder of the cache: "prepared", "models" or "assets"
     path: Path
     bytes: int
-    used: float
+    used: float  # seconds since the epoch
 
 
 def entries(kind: str = "*") -> list[Entry]:

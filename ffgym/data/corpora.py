@@ -48,18 +48,12 @@ OFFLINE_HINT = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """Some text and where it came from.
+    """Some text and where it came from."""
 
-    Attributes:
-        name: the spec that named it, e.g. ``"demo:c4"``.
-        split: which part of it was read, e.g. ``"wiki.utf8"`` or ``"wikitext-2-raw-v1, test"``.
-        digest: sha256 over the documents; equal texts have equal digests, whatever they are called.
-    """
-
-    name: str
-    split: str
+    name: str  # the spec that named it, e.g. "demo:c4"
+    split: str  # which part of it was read, e.g. "wiki.utf8" or "wikitext-2-raw-v1, test"
     documents: tuple[str, ...] = field(repr=False)
-    digest: str
+    digest: str  # sha256 over the documents; equal texts have equal digests, whatever they are called
 
 
 class CorpusSource(Plugin, ABC):

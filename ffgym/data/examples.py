@@ -22,32 +22,21 @@ EXAMPLE_TOKENS = 45  # about what a question and its answers take, in arc_easy a
 
 @dataclass(frozen=True)
 class Example:
-    """One question.
-
-    Attributes:
-        context: what stands before an answer.
-        answers: the choices as they follow the context, leading space included.
-        right: index of the right one.
-    """
+    """One question."""
 
     task: str
-    context: str
-    answers: tuple[str, ...]
-    right: int
+    context: str  # what stands before an answer
+    answers: tuple[str, ...]  # the choices as they follow the context, leading space included
+    right: int  # index of the right one
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One question as token ids.
-
-    Attributes:
-        context: token ids before an answer, at least one.
-        answers: token ids of each answer, at least one.
-    """
+    """One question as token ids."""
 
     task: str
-    context: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
+    context: tuple[int, ...]  # token ids before an answer, at least one
+    answers: tuple[tuple[int, ...], ...]  # token ids of each answer, at least one
     right: int
 
     @property

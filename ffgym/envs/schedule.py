@@ -32,41 +32,25 @@ def stratified(first: float, index: int) -> float:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one update is measured at.
+    """What one update is measured at."""
 
-    Attributes:
-        sparsity: target share of the resource to remove.
-        windows: search windows per episode, >= 1.
-        fidelity: ``windows`` over an episode's full number of windows.
-    """
-
-    sparsity: float
-    windows: int
-    fidelity: float
+    sparsity: float  # target share of the resource to remove
+    windows: int  # search windows per episode, >= 1
+    fidelity: float  # windows over an episode's full number of windows
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The ramps of one search.
+    """The ramps of one search."""
 
-    Attributes:
-        target: final sparsity, or the upper end of a range of budgets.
-        windows: windows of an episode at full fidelity.
-        start: sparsity at the very beginning, where the sparsity ramp is on (at most the target).
-        sparsity: form of the sparsity ramp.
-        fidelity: form of the fidelity ramp.
-        ramp_episodes: number of episodes after which both ramps have reached their ends; ``None`` for half of the
-            token budget.
-        low: lower end of a range of budgets; ``None`` for a single target.
-    """
-
-    target: float
-    windows: int
-    start: float = 0.05
-    sparsity: Ramp = "none"
-    fidelity: Ramp = "none"
+    target: float  # final sparsity, or the upper end of a range of budgets
+    windows: int  # windows of an episode at full fidelity
+    start: float = 0.05  # sparsity at the very beginning, where the sparsity ramp is on (at most the target)
+    sparsity: Ramp = "none"  # form of the sparsity ramp
+    fidelity: Ramp = "none"  # form of the fidelity ramp
+    # number of episodes after which both ramps have reached their ends; None for half of the token budget
     ramp_episodes: int | None = None
-    low: float | None = None
+    low: float | None = None  # lower end of a range of budgets; None for a single target
 
     def stage(self, spent: float, place: float = 1.0, episodes: int = 0) -> Stage:
         """What an update is measured at.

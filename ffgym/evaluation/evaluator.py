@@ -34,21 +34,13 @@ DIVERGENCES = frozenset({"kl", "reverse_kl"})
 
 @dataclass(frozen=True)
 class Request:
-    """An allocation, and what to measure it on.
+    """An allocation, and what to measure it on."""
 
-    Attributes:
-        kept: units per sublayer, length 2L.
-        windows: indices of windows of text, at least one.
-        examples: indices of multiple-choice examples.
-        needs: what to measure beside the losses, any of ``kl``, ``reverse_kl``, ``accuracy``, ``slopes``.
-        slopes_of: what slopes are the derivative of: ``loss``, ``kl`` or ``reverse_kl``.
-    """
-
-    kept: tuple[int, ...]
-    windows: tuple[int, ...]
-    examples: tuple[int, ...] = ()
-    needs: frozenset[str] = frozenset()
-    slopes_of: str = "loss"
+    kept: tuple[int, ...]  # units per sublayer, length 2L
+    windows: tuple[int, ...]  # indices of windows of text, at least one
+    examples: tuple[int, ...] = ()  # indices of multiple-choice examples
+    needs: frozenset[str] = frozenset()  # what to measure beside the losses, any of kl, reverse_kl, accuracy, slopes
+    slopes_of: str = "loss"  # what slopes are the derivative of: loss, kl or reverse_kl
 
     @property
     def divergences(self) -> frozenset[str]:

@@ -39,22 +39,14 @@ def task_accuracy(examples: Sequence[EncodedExample], right: Sequence[bool]) -> 
 
 @dataclass(frozen=True)
 class PaddedExamples:
-    """Examples as the rows of one forward pass.
-
-    Attributes:
-        ids: shape (examples, length), int64, 0 where padded.
-        positions: of the tokens, shape (examples, length), int64.
-        mask: what is added to attention scores, shape (examples, 1, length, length), the model's dtype.
-        sources: where the answers' tokens are predicted, in the flattened hidden states.
-        targets: those tokens.
-    """
+    """Examples as the rows of one forward pass."""
 
     examples: tuple[EncodedExample, ...]
-    ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
-    sources: torch.Tensor
-    targets: torch.Tensor
+    ids: torch.Tensor  # shape (examples, length), int64, 0 where padded
+    positions: torch.Tensor  # of the tokens, shape (examples, length), int64
+    mask: torch.Tensor  # what is added to attention scores, shape (examples, 1, length, length), the model's dtype
+    sources: torch.Tensor  # where the answers' tokens are predicted, in the flattened hidden states
+    targets: torch.Tensor  # those tokens
 
     def log_likelihoods(self, model: Any, hidden: torch.Tensor) -> list[list[float]]:
         """Log-likelihood of every answer of each example, in nats.

@@ -68,19 +68,12 @@ Make = Callable[[Reporter], Callable[[Any, OnShare], Any]]
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers there are, and where.
+    """How many workers there are, and where."""
 
-    Attributes:
-        count: at least 2.
-        address: of a Ray cluster: ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``; ``None`` for one of this machine.
-        gpus: GPUs of each.
-        threads: torch threads of each.
-    """
-
-    count: int
-    address: str | None = None
-    gpus: int = 0
-    threads: int = 1
+    count: int  # at least 2
+    address: str | None = None  # of a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; None for one of this machine
+    gpus: int = 0  # GPUs of each
+    threads: int = 1  # torch threads of each
 
     def cpus(self, *, is_own: bool) -> int:
         """Processors that each asks a cluster for; none of one that nobody else uses."""

@@ -38,16 +38,11 @@ KINDS: tuple[Kind, Kind] = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What lies on the disk now.
-
-    Attributes:
-        bytes: size of its safetensors files.
-        parameters: numbers in them; tied weights count once.
-    """
+    """What lies on the disk now."""
 
     path: Path
-    bytes: int
-    parameters: int
+    bytes: int  # size of its safetensors files
+    parameters: int  # numbers in them; tied weights count once
 
 
 def save_pruned(

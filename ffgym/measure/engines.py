@@ -63,77 +63,47 @@ VLLM_PROBE = (  # vLLM first, since an environment without it may have no torch 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A saved model that an engine is to serve.
+    """A saved model that an engine is to serve."""
 
-    Attributes:
-        role: what it is called in tables, e.g. ``"dense"``.
-        has_class_file: beside its weights; a stock model has none.
-    """
-
-    role: str
+    role: str  # what it is called in tables, e.g. "dense"
     folder: Path
-    has_class_file: bool = False
+    has_class_file: bool = False  # beside its weights; a stock model has none
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all servers of a measurement share.
+    """What all servers of a measurement share."""
 
-    Attributes:
-        dtype: of weights and activations, e.g. ``"bfloat16"``.
-        context: tokens of the longest prompt with its answer.
-        requests: most of them at the same moment.
-        output_tokens: of every answer.
-        repetitions: how often every burst is measured.
-        threads: of a CPU; ``None`` leaves them to the engine.
-        arguments: put on the engine's command line as they are.
-        scratch: folder for files of the servers.
-    """
-
-    dtype: str
-    context: int
-    requests: int
-    output_tokens: int
-    repetitions: int
-    threads: int | None
-    arguments: Sequence[str]
-    scratch: Path
+    dtype: str  # of weights and activations, e.g. "bfloat16"
+    context: int  # tokens of the longest prompt with its answer
+    requests: int  # most of them at the same moment
+    output_tokens: int  # of every answer
+    repetitions: int  # how often every burst is measured
+    threads: int | None  # of a CPU; None leaves them to the engine
+    arguments: Sequence[str]  # put on the engine's command line as they are
+    scratch: Path  # folder for files of the servers
 
 
 @dataclass(frozen=True)
 class Server:
-    """One model in one engine.
+    """One model in one engine."""
 
-    Attributes:
-        role: which model it is, e.g. ``"dense"``.
-        command: starts it, address aside.
-        body: what requests say beside prompt and length.
-        environment: variables that differ from those of this process; ``None`` unsets one.
-        weights: their bytes on disk.
-    """
-
-    role: str
-    command: tuple[str, ...]
-    body: Mapping[str, Any] = field(default_factory=dict)
+    role: str  # which model it is, e.g. "dense"
+    command: tuple[str, ...]  # starts it, address aside
+    body: Mapping[str, Any] = field(default_factory=dict)  # what requests say beside prompt and length
+    # variables that differ from those of this process; None unsets one
     environment: Mapping[str, str | None] = field(default_factory=dict)
-    weights: int = 0
+    weights: int = 0  # their bytes on disk
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The servers that are compared.
+    """The servers that are compared."""
 
-    Attributes:
-        version: of the engine, with its name.
-        servers: in the order of their turns, that of the models.
-        gpu: the name of the GPU that the engine computes on; ``None`` for the CPU.
-        bytes_beside_weights: memory of a server beside the weights, about: libraries, KV cache.
-    """
-
-    version: str
-    servers: tuple[Server, ...]
-    gpu: str | None
-    bytes_beside_weights: int = 3 << 30
+    version: str  # of the engine, with its name
+    servers: tuple[Server, ...]  # in the order of their turns, that of the models
+    gpu: str | None  # the name of the GPU that the engine computes on; None for the CPU
+    bytes_beside_weights: int = 3 << 30  # memory of a server beside the weights, about: libraries, KV cache
 
     @property
     def device(self) -> str:

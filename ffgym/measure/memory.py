@@ -41,22 +41,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a process needed.
+    """What a process needed."""
 
-    Attributes:
-        kind: ``"resident"`` (the process's resident set: weights, activations, cache, and what the allocator holds)
-            or ``"cuda"`` (what torch's allocator had handed out).
-        before: bytes before the model was loaded: Python and the libraries; 0 on CUDA.
-        loaded: bytes once the model was loaded and had run on one token.
-        peak: most bytes at any moment while it ran; of loading too where ``with_loading``.
-        with_loading: the system cannot forget the peak of loading, which may be higher than what running needs.
-    """
-
+    # "resident" (the process's resident set: weights, activations, cache, and what the allocator holds) or "cuda" (what
+    # torch's allocator had handed out)
     kind: str
-    before: int
-    loaded: int
-    peak: int
-    with_loading: bool
+    before: int  # bytes before the model was loaded: Python and the libraries; 0 on CUDA
+    loaded: int  # bytes once the model was loaded and had run on one token
+    peak: int  # most bytes at any moment while it ran; of loading too where with_loading
+    with_loading: bool  # the system cannot forget the peak of loading, which may be higher than what running needs
 
     @property
     def net_loaded(self) -> int:

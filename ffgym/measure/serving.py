@@ -56,23 +56,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Served:
-    """One model under one workload.
-
-    Attributes:
-        rate: output tokens per second, over all requests.
-        first: seconds from a request to the first token of its answer; a repetition's is the median of its requests.
-        following: seconds of every further token, likewise.
-        ratio: its rate over the dense model's in the same repetition.
-        backend_ratio: its rate over the dense model's through the same backend, where that differs.
-    """
+    """One model under one workload."""
 
     model: str
     workload: Workload
-    rate: Spread
+    rate: Spread  # output tokens per second, over all requests
+    # seconds from a request to the first token of its answer; a repetition's is the median of its requests
     first: Spread
-    following: Spread
-    ratio: Spread
-    backend_ratio: Spread | None
+    following: Spread  # seconds of every further token, likewise
+    ratio: Spread  # its rate over the dense model's in the same repetition
+    backend_ratio: Spread | None  # its rate over the dense model's through the same backend, where that differs
 
     @property
     def noise(self) -> float:
@@ -83,32 +76,21 @@ class Served:
 
 @dataclass(frozen=True)
 class ServingMeasurement:
-    """Everything that was measured, and how.
-
-    Attributes:
-        served: every model under every workload.
-        answer_tokens: of the shortest and of the longest answer.
-        cache_tokens: that the KV cache of each model holds; empty where the engine does not say.
-        processors: of the CPU.
-        threads: that were asked for.
-        repetitions: of which the figures are medians.
-        together: the servers ran at the same time and took turns; else each was started for its turn.
-        arguments: of the engine, beyond ffgym's own.
-    """
+    """Everything that was measured, and how."""
 
     engine: str
     dense: str
     pruned: str
-    served: tuple[Served, ...]
-    answer_tokens: tuple[int, int]
-    cache_tokens: dict[str, int]
+    served: tuple[Served, ...]  # every model under every workload
+    answer_tokens: tuple[int, int]  # of the shortest and of the longest answer
+    cache_tokens: dict[str, int]  # that the KV cache of each model holds; empty where the engine does not say
     device: str
-    processors: int
-    threads: int | None
+    processors: int  # of the CPU
+    threads: int | None  # that were asked for
     dtype: str
-    repetitions: int
-    together: bool
-    arguments: tuple[str, ...]
+    repetitions: int  # of which the figures are medians
+    together: bool  # the servers ran at the same time and took turns; else each was started for its turn
+    arguments: tuple[str, ...]  # of the engine, beyond ffgym's own
 
     def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
         """Speeds, then ratios, how all was measured under them."""

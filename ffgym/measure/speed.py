@@ -30,33 +30,23 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is asked to do.
+    """What a model is asked to do."""
 
-    Attributes:
-        batch: sequences at a time.
-        length: tokens of each prompt, and so of the KV cache that decoding starts with.
-    """
-
-    batch: int
-    length: int
+    batch: int  # sequences at a time
+    length: int  # tokens of each prompt, and so of the KV cache that decoding starts with
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One phase of one workload, dense beside pruned.
-
-    Attributes:
-        dense: tokens per second, over the batch.
-        pruned: the same of the pruned model.
-        ratio: dense seconds over pruned seconds of the same repetition: how many times as fast the pruned model is.
-        ceiling: the ratio that the work itself allows: of multiply-accumulates for prefill, of bytes read for decode.
-    """
+    """One phase of one workload, dense beside pruned."""
 
     phase: Phase
     workload: Workload
-    dense: Spread
-    pruned: Spread
+    dense: Spread  # tokens per second, over the batch
+    pruned: Spread  # the same of the pruned model
+    # dense seconds over pruned seconds of the same repetition: how many times as fast the pruned model is
     ratio: Spread
+    # the ratio that the work itself allows: of multiply-accumulates for prefill, of bytes read for decode
     ceiling: float
 
 

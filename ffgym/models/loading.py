@@ -53,26 +53,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM ready to be measured, with its tokenizer.
+    """A causal LM ready to be measured, with its tokenizer."""
 
-    Attributes:
-        model: the transformers model, in eval mode, without gradients.
-        name: what the user called it.
-        description: one line for tables: what it is and where it came from.
-        device: where its first parameter lies.
-        stream: reads the decoder layers, which are then on the meta device; ``None`` where they are in memory.
-        towers: the checkpoint that the model is the text model of; ``None`` where it is the whole.
-        saved_dtype: the checkpoint's dtype, where that is narrower: what was cut or trained is saved in it.
-    """
-
-    model: Any
+    model: Any  # the transformers model, in eval mode, without gradients
     tokenizer: Any
-    name: str
-    description: str
+    name: str  # what the user called it
+    description: str  # one line for tables: what it is and where it came from
     dtype: torch.dtype
-    device: torch.device
+    device: torch.device  # where its first parameter lies
+    # reads the decoder layers, which are then on the meta device; None where they are in memory
     stream: LayerStream | None = None
-    towers: Towers | None = None
+    towers: Towers | None = None  # the checkpoint that the model is the text model of; None where it is the whole
+    # the checkpoint's dtype, where that is narrower: what was cut or trained is saved in it
     saved_dtype: torch.dtype | None = None
 
     @property

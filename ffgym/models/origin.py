@@ -65,18 +65,12 @@ CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """Which model is the dense one, and who says so.
+    """Which model is the dense one, and who says so."""
 
-    Attributes:
-        name: as `load` takes it.
-        said_by: an option or a file.
-        called: what it is called there, where that name does not lead to it from here.
-    """
-
-    name: str
+    name: str  # as `load` takes it
     revision: str | None
-    said_by: str
-    called: str | None = None
+    said_by: str  # an option or a file
+    called: str | None = None  # what it is called there, where that name does not lead to it from here
 
     @contextmanager
     def named(self) -> Iterator[None]:

@@ -43,17 +43,11 @@ TOLERANCE = 0.01  # of the largest logit; another mask may mean another kernel, 
 
 @dataclass(frozen=True)
 class Towers:
-    """The model that a text model was taken out of.
+    """The model that a text model was taken out of."""
 
-    Attributes:
-        whole: it shares the modules of the text model, so that it is pruned with it.
-        path: of the text model, without its head, in it.
-        files: of its processor.
-    """
-
-    whole: Any
-    path: str
-    files: tuple[Path, ...] = ()
+    whole: Any  # it shares the modules of the text model, so that it is pruned with it
+    path: str  # of the text model, without its head, in it
+    files: tuple[Path, ...] = ()  # of its processor
 
     def around(self, text: Any, family: Family) -> Any:
         """The whole with another text model in its place. Nothing is copied; it is made to be saved.

@@ -31,17 +31,11 @@ positions, vocabulary), float32."""
 
 @dataclass(frozen=True)
 class Entry:
-    """What an ordinary call hands to the decoder layers, for one batch.
+    """What an ordinary call hands to the decoder layers, for one batch."""
 
-    Attributes:
-        hidden: enters layer 0, shape (windows, length, d), the model's dtype.
-        calls: the other arguments of every layer, shared by all batches of one shape without a mask.
-        inputs: what the model was called with, by name, on the embedding's device.
-    """
-
-    hidden: torch.Tensor
-    calls: Sequence[Arguments]
-    inputs: dict[str, torch.Tensor]
+    hidden: torch.Tensor  # enters layer 0, shape (windows, length, d), the model's dtype
+    calls: Sequence[Arguments]  # the other arguments of every layer, shared by all batches of one shape without a mask
+    inputs: dict[str, torch.Tensor]  # what the model was called with, by name, on the embedding's device
 
     @property
     def ids(self) -> torch.Tensor:

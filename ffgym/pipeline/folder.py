@@ -193,27 +193,20 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What later sessions of a run must know about earlier ones, kept in ``run.json``.
+    """What later sessions of a run must know about earlier ones, kept in ``run.json``."""
 
-    Attributes:
-        mlflow_run: the MLflow run that they write to; ``None`` where there is none.
-        dtype: what ``model.dtype = "auto"`` chose; ``None`` where the model has not been loaded.
-        results: names of the table and the models that the finished run left; empty before that.
-        editions: of its plugins, those beyond the first; ``None`` where an earlier version began the run.
-        dense: path of the dense model, absolute or in the home folder ``~``; ``None`` where that is no folder or file,
-            or an earlier version began the run.
-        inputs: digests of the model's weights and of the texts to calibrate and to search with; empty where nothing
-            has been loaded, or an earlier version began the run.
-        ended: how the last session ended early, in sentences; empty where it did not, or was killed.
-    """
-
-    mlflow_run: str | None = None
-    dtype: str | None = None
-    results: tuple[str, ...] = ()
+    mlflow_run: str | None = None  # the MLflow run that they write to; None where there is none
+    dtype: str | None = None  # what model.dtype = "auto" chose; None where the model has not been loaded
+    results: tuple[str, ...] = ()  # names of the table and the models that the finished run left; empty before that
+    # of its plugins, those beyond the first; None where an earlier version began the run
     editions: dict[str, int] | None = None
+    # path of the dense model, absolute or in the home folder ~; None where that is no folder or file, or an earlier
+    # version began the run
     dense: str | None = None
+    # digests of the model's weights and of the texts to calibrate and to search with; empty where nothing has been
+    # loaded, or an earlier version began the run
     inputs: dict[str, str] = field(default_factory=dict)
-    ended: str = ""
+    ended: str = ""  # how the last session ended early, in sentences; empty where it did not, or was killed
 
 
 RECORD = FileFormat(

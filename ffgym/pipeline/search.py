@@ -27,16 +27,11 @@ NEAR_PRIOR = 0.15  # spread of the random allocations that a search is compared 
 
 @dataclass(frozen=True)
 class Searched:
-    """The results of the searches of a run.
+    """The results of the searches of a run."""
 
-    Attributes:
-        points: the agent's, one at every target, rising.
-        baseline: the best of random allocations; ``None`` where none were measured.
-    """
-
-    points: tuple[SearchResult, ...]
+    points: tuple[SearchResult, ...]  # the agent's, one at every target, rising
     main: SearchResult
-    baseline: SearchResult | None
+    baseline: SearchResult | None  # the best of random allocations; None where none were measured
 
 
 def search(task: Task, agent: Agent, session: Session) -> Searched:

@@ -37,20 +37,14 @@ from ffgym.tracking.tracker import Tracker
 
 @dataclass
 class Session:
-    """A run from the moment its folder is locked until it is finished, interrupted or failed.
-
-    Attributes:
-        folder: where the run writes; locked against other runs.
-        resumed: whether this session continues an earlier one.
-        record: what later sessions need to know.
-    """
+    """A run from the moment its folder is locked until it is finished, interrupted or failed."""
 
     config: RunConfig
-    folder: Path
+    folder: Path  # where the run writes; locked against other runs
     tracker: Tracker
     progress: Reporter
-    resumed: bool
-    record: RunRecord
+    resumed: bool  # whether this session continues an earlier one
+    record: RunRecord  # what later sessions need to know
     _ending: ExitStack
     _overwrites: bool
     _removing_if_nothing_found: AbstractContextManager[None]

@@ -37,12 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What all searches of one configuration share: the model with its paths, the splits, the environment.
-
-    Attributes:
-        costs: what the dense model costs in every resource that is counted, by name.
-        executor: has allocations measured by workers; ``None`` for this process alone.
-    """
+    """What all searches of one configuration share: the model with its paths, the splits, the environment."""
 
     config: RunConfig
     loaded: LoadedModel
@@ -50,8 +45,8 @@ class Task:
     prepared: Prepared
     env: PruningEnv
     sizes: SizeMeter
-    costs: Mapping[str, Costs]
-    executor: Evaluator | None = None
+    costs: Mapping[str, Costs]  # what the dense model costs in every resource that is counted, by name
+    executor: Evaluator | None = None  # has allocations measured by workers; None for this process alone
     _asked: dict[tuple[str, str, float], np.ndarray] = field(default_factory=dict)
 
     @property

@@ -43,17 +43,11 @@ GRAPH_RESIDUALS, GRAPH_ATTENTION, GRAPH_MLP, LOGIT_BYTES, DIVERGING_BYTES = 6, 6
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations, a multiplication and an addition being two, by what decides their speed.
+    """Floating-point operations, a multiplication and an addition being two, by what decides their speed."""
 
-    Attributes:
-        model: of the model's layers and head, in its dtype.
-        float32: of products in float32: moments and refits.
-        float64: of factorisations.
-    """
-
-    model: float = 0.0
-    float32: float = 0.0
-    float64: float = 0.0
+    model: float = 0.0  # of the model's layers and head, in its dtype
+    float32: float = 0.0  # of products in float32: moments and refits
+    float64: float = 0.0  # of factorisations
 
     def __add__(self, other: Operations) -> Operations:
         return Operations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -69,20 +63,14 @@ class Operations:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a run needs.
+    """What one stage of a run needs."""
 
-    Attributes:
-        name: ``"load"``, ``"prepare"``, ``"search"``, ``"finals"``, ``"report"``, ``"save"``, ``"recover"``.
-        tokens: how many go through the model.
-        memory: bytes at the peak, by what holds them; empty where that is not known.
-        seconds: in addition to what the operations take.
-    """
-
-    name: str
-    tokens: int
+    name: str  # "load", "prepare", "search", "finals", "report", "save", "recover"
+    tokens: int  # how many go through the model
     operations: Operations
+    # bytes at the peak, by what holds them; empty where that is not known
     memory: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float = 0.0  # in addition to what the operations take
 
     @property
     def peak(self) -> int:

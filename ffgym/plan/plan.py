@@ -24,27 +24,16 @@ TOLERANCE = 1.1  # plans are within 10 % of what is measured, and only what cert
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs.
+    """What a run needs."""
 
-    Attributes:
-        name: what the user called the model.
-        shape: of the model.
-        load: what the run does.
-        device: where the model runs.
-        free: bytes of that device's memory, or of all GPUs that layers are spread over, that this process may have.
-        texts: what each split is made of, by role.
-        unstreamable: why its layers cannot be streamed; empty where they can.
-        output: folder that the run is written to, or in which it gets one.
-    """
-
-    name: str
-    shape: ModelShape
-    load: Workload
-    device: torch.device
-    free: int
-    texts: Mapping[str, str]
-    unstreamable: str = ""
-    output: Path = Path("runs")
+    name: str  # what the user called the model
+    shape: ModelShape  # of the model
+    load: Workload  # what the run does
+    device: torch.device  # where the model runs
+    free: int  # bytes of that device's memory, or of all GPUs that layers are spread over, that this process may have
+    texts: Mapping[str, str]  # what each split is made of, by role
+    unstreamable: str = ""  # why its layers cannot be streamed; empty where they can
+    output: Path = Path("runs")  # folder that the run is written to, or in which it gets one
 
     @cached_property
     def stages(self) -> list[Stage]:

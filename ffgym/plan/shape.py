@@ -16,29 +16,17 @@ from ffgym.types import Kind, Sublayer
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a dense model, from its config alone.
+    """Sizes of a dense model, from its config alone."""
 
-    Attributes:
-        family: name of its family.
-        parameters: of the whole model, tied ones once.
-        hidden: channels of the residual stream, m of every consumer.
-        vocabulary: tokens that the head projects to.
-        sublayers: its 2L sublayers, in order of depth.
-        context_limit: the longest window that the model takes, in tokens.
-        saved_as: dtype of its checkpoint, e.g. ``"bfloat16"``; empty where the config does not say.
-        has_towers: it is the text model of a checkpoint of several towers.
-        is_quantised: its checkpoint holds codes in place of weights.
-    """
-
-    family: str
-    parameters: int
-    hidden: int
-    vocabulary: int
-    sublayers: tuple[Sublayer, ...]
-    context_limit: int
-    saved_as: str = ""
-    has_towers: bool = False
-    is_quantised: bool = False
+    family: str  # name of its family
+    parameters: int  # of the whole model, tied ones once
+    hidden: int  # channels of the residual stream, m of every consumer
+    vocabulary: int  # tokens that the head projects to
+    sublayers: tuple[Sublayer, ...]  # its 2L sublayers, in order of depth
+    context_limit: int  # the longest window that the model takes, in tokens
+    saved_as: str = ""  # dtype of its checkpoint, e.g. "bfloat16"; empty where the config does not say
+    has_towers: bool = False  # it is the text model of a checkpoint of several towers
+    is_quantised: bool = False  # its checkpoint holds codes in place of weights
 
     @property
     def prunable(self) -> int:

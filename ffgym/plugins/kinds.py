@@ -15,19 +15,12 @@ PluginKind = (
 
 
 class Kind(NamedTuple):
-    """What the plugin manager knows about a kind.
+    """What the plugin manager knows about a kind."""
 
-    Attributes:
-        plural: argument of ``ffgym ls``; the hook is ``ffgym_`` and this word.
-        base: the class that plugins of the kind subclass, as ``"module:Class"``.
-        table: the configuration's table that names a plugin of the kind; empty where none does.
-        key: the key in that table. A `PluginTable` holds the plugin's options too; other tables hold none.
-    """
-
-    plural: str
-    base: str
-    table: str = ""
-    key: str = "name"
+    plural: str  # argument of ffgym ls; the hook is ffgym_ and this word
+    base: str  # the class that plugins of the kind subclass, as "module:Class"
+    table: str = ""  # the configuration's table that names a plugin of the kind; empty where none does
+    key: str = "name"  # the key in that table. A `PluginTable` holds the plugin's options too; other tables hold none.
 
     @property
     def hook(self) -> str:

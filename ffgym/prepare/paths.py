@@ -45,22 +45,15 @@ OnLayer = Callable[[Sequence[PrunableSublayer], Sequence[SublayerView], Sequence
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model whose units are in path order, with a refit for every level.
-
-    Attributes:
-        views: what heuristics see of each sublayer; read one at a time where the model is not in memory.
-        ridges: the lambda of each sublayer; 0 of experts, which no refit follows.
-        store: the folder that it can be opened from again; ``None`` where it was not stored.
-        key: of the store that it has or would have; empty where nobody asked for it.
-        weights: digest of the dense model's weights; empty where nobody asked for it.
-    """
+    """A model whose units are in path order, with a refit for every level."""
 
     prunable: PrunableModel
+    # what heuristics see of each sublayer; read one at a time where the model is not in memory
     views: Sequence[SublayerView]
-    ridges: tuple[float, ...]
-    store: Path | None = None
-    key: str = ""
-    weights: str = ""
+    ridges: tuple[float, ...]  # the lambda of each sublayer; 0 of experts, which no refit follows
+    store: Path | None = None  # the folder that it can be opened from again; None where it was not stored
+    key: str = ""  # of the store that it has or would have; empty where nobody asked for it
+    weights: str = ""  # digest of the dense model's weights; empty where nobody asked for it
 
 
 def prepare(

@@ -59,23 +59,14 @@ STATISTICS = tuple(field.name for field in fields(LayerStats) if field.name != "
 
 @dataclass(frozen=True)
 class Record:
-    """What a store holds beside tensors.
+    """What a store holds beside tensors."""
 
-    Attributes:
-        key: its `store_key`.
-        what: what it is, for people and for `made_under`.
-        ridges: lambda of each sublayer.
-        energies: E||W x||^2 of each sublayer's dense consumer.
-        affine: whether calibration moves the consumers' biases.
-        tokens: of each sublayer's statistics.
-    """
-
-    key: str
-    what: dict[str, str]
-    ridges: tuple[float, ...]
-    energies: tuple[float, ...]
-    affine: tuple[bool, ...]
-    tokens: tuple[int, ...]
+    key: str  # its `store_key`
+    what: dict[str, str]  # what it is, for people and for `made_under`
+    ridges: tuple[float, ...]  # lambda of each sublayer
+    energies: tuple[float, ...]  # E||W x||^2 of each sublayer's dense consumer
+    affine: tuple[bool, ...]  # whether calibration moves the consumers' biases
+    tokens: tuple[int, ...]  # of each sublayer's statistics
 
 
 RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete its folder: it is written again.")

@@ -34,27 +34,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluatorMaker:
-    """How a worker makes its evaluator: it is sent these values and loads the model by itself.
+    """How a worker makes its evaluator: it is sent these values and loads the model by itself."""
 
-    Attributes:
-        config: the run, with the dtype that the model was loaded in.
-        calibration: calibration token ids, shape (windows, length), int64.
-        windows: search token ids, the same.
-        keep: statistics that were kept for heuristics.
-        store: the prepared model; ``None`` where it is not stored and every worker prepares its own.
-        key: of what this run has prepared.
-        streamed: whether layers stay in the checkpoint until they are needed.
-        place: the model's folder or file, where the run has found it; ``None`` for one of the hub, and the demo.
-    """
-
-    config: RunConfig
-    calibration: torch.Tensor
-    windows: torch.Tensor
+    config: RunConfig  # the run, with the dtype that the model was loaded in
+    calibration: torch.Tensor  # calibration token ids, shape (windows, length), int64
+    windows: torch.Tensor  # search token ids, the same
     examples: tuple[EncodedExample, ...]
-    keep: frozenset[str]
-    store: Path | None
-    key: str
-    streamed: bool = False
+    keep: frozenset[str]  # statistics that were kept for heuristics
+    store: Path | None  # the prepared model; None where it is not stored and every worker prepares its own
+    key: str  # of what this run has prepared
+    streamed: bool = False  # whether layers stay in the checkpoint until they are needed
+    # the model's folder or file, where the run has found it; None for one of the hub, and the demo
     place: str | None = None
 
     def __call__(self) -> ModelEvaluator:

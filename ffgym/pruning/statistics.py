@@ -33,17 +33,11 @@ def kept_bytes(outputs: int, channels: int, names: Set[str]) -> int:
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Mean and covariance of a consumer's inputs x (n channels).
+    """Mean and covariance of a consumer's inputs x (n channels)."""
 
-    Attributes:
-        tokens: how many tokens the averages run over.
-        mean: E[x], shape (n,), float64.
-        covariance: Cov[x], shape (n, n), float32.
-    """
-
-    tokens: int
-    mean: torch.Tensor
-    covariance: torch.Tensor
+    tokens: int  # how many tokens the averages run over
+    mean: torch.Tensor  # E[x], shape (n,), float64
+    covariance: torch.Tensor  # Cov[x], shape (n, n), float32
 
     def moment(self, *, centred: bool) -> torch.Tensor:
         """Cov[x], or E[x x^T], shape (n, n), new, in the precision that factors of so many channels are computed in."""

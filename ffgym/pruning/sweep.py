@@ -24,17 +24,11 @@ MARGIN = 512  # levels that are cheaper to sort than to bisect further
 
 @dataclass(frozen=True)
 class Ladder:
-    """The levels that some sublayers keep together, lowest first, and what each costs.
+    """The levels that some sublayers keep together, lowest first, and what each costs."""
 
-    Attributes:
-        members: indices of the sublayers, which all have as many units; one, unless layers are tied.
-        units: units that each of them keeps at each level, shape (levels,), strictly increasing, last = all.
-        cost: cost of all of them at each level, shape (levels,), non-decreasing.
-    """
-
-    members: tuple[int, ...]
-    units: np.ndarray
-    cost: np.ndarray
+    members: tuple[int, ...]  # indices of the sublayers, which all have as many units; one, unless layers are tied
+    units: np.ndarray  # units that each of them keeps at each level, shape (levels,), strictly increasing, last = all
+    cost: np.ndarray  # cost of all of them at each level, shape (levels,), non-decreasing
 
 
 class Sweep:

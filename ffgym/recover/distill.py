@@ -34,19 +34,12 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What training one MLP brought.
+    """What training one MLP brought."""
 
-    Attributes:
-        layer: from 0.
-        before: E||MLP(x~) - y||^2 / E||y||^2 on held-out text, y the dense MLP's output.
-        after: the same with the weights that were kept.
-        step: the number of steps done by those.
-    """
-
-    layer: int
-    before: float
-    after: float
-    step: int
+    layer: int  # from 0
+    before: float  # E||MLP(x~) - y||^2 / E||y||^2 on held-out text, y the dense MLP's output
+    after: float  # the same with the weights that were kept
+    step: int  # the number of steps done by those
 
 
 class DistilMLP(Recovery):

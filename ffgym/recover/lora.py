@@ -38,17 +38,12 @@ SMOOTHED = 8  # steps that the strong line of the training loss averages
 
 @dataclass
 class LoraCurve:
-    """How training went.
+    """How training went."""
 
-    Attributes:
-        train: loss of each step's windows before that step, nats per token.
-        held_out: (steps done, loss on the held-out windows), the first at 0.
-        chosen: the number of steps done by the adapters that were merged.
-    """
-
-    train: list[float] = field(default_factory=list)
+    train: list[float] = field(default_factory=list)  # loss of each step's windows before that step, nats per token
+    # (steps done, loss on the held-out windows), the first at 0
     held_out: list[tuple[int, float]] = field(default_factory=list)
-    chosen: int = 0
+    chosen: int = 0  # the number of steps done by the adapters that were merged
 
 
 class Lora(Recovery):

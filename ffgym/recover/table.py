@@ -25,13 +25,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class RecoveryTable:
-    """Models before and after, measured alike.
+    """Models before and after, measured alike."""
 
-    Attributes:
-        rows: dense where it is known, then before, then recovered.
-    """
-
-    rows: tuple[Measured, ...]
+    rows: tuple[Measured, ...]  # dense where it is known, then before, then recovered
     header: str
 
     def layout(self) -> Table[Measured]:

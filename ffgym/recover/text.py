@@ -24,33 +24,23 @@ from ffgym.prepare.parts import cut_splits
 
 @dataclass(frozen=True)
 class TrainingText:
-    """Windows to train on.
+    """Windows to train on."""
 
-    Attributes:
-        name: where they are from: ``"demo:c4"``, or a mixture.
-        source: the same with what was read of it, where the name does not say so: ``"demo:c4 (c4.utf8)"``.
-        windows: token ids, shape (windows, window), int64: as many as were asked for, or all that there are.
-        left_out: windows that repeat text of the search or the report split, and are not among them.
-    """
-
-    name: str
-    source: str
+    name: str  # where they are from: "demo:c4", or a mixture
+    source: str  # the same with what was read of it, where the name does not say so: "demo:c4 (c4.utf8)"
+    # token ids, shape (windows, window), int64: as many as were asked for, or all that there are
     windows: torch.Tensor = field(repr=False)
-    left_out: int
+    left_out: int  # windows that repeat text of the search or the report split, and are not among them
     digest: str
 
 
 @dataclass(frozen=True)
 class RecoveryTexts:
-    """All text of a recovery.
+    """All text of a recovery."""
 
-    Attributes:
-        splits: the run's; the report split is measured at the end.
-        held_out: the last windows of the search split, which decide what weights to keep, shape (windows, length).
-    """
-
-    splits: Splits
+    splits: Splits  # the run's; the report split is measured at the end
     training: TrainingText
+    # the last windows of the search split, which decide what weights to keep, shape (windows, length)
     held_out: torch.Tensor
 
     def describe(self, tokens: int) -> str:

@@ -20,20 +20,15 @@ FAR = 5.0  # times as far from the reference as most rows that differ from it
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run of a comparison.
-
-    Attributes:
-        changes: where its configuration is another than the reference's; empty where it is not.
-        target: of the point that stands for a run over a range of budgets; ``None`` for another run.
-    """
+    """One run of a comparison."""
 
     name: str
     agent: str
     criterion: str
     resource: str
     table: ReportTable
-    changes: str
-    target: float | None = None
+    changes: str  # where its configuration is another than the reference's; empty where it is not
+    target: float | None = None  # of the point that stands for a run over a range of budgets; None for another run
 
     @property
     def result(self) -> Row:

@@ -25,43 +25,28 @@ TIE = "\N{NO-BREAK SPACE}tie"
 
 @dataclass(frozen=True)
 class FrontPoint:
-    """One target: what was found there, and the rules at the same target, all after the same refit.
+    """One target: what was found there, and the rules at the same target, all after the same refit."""
 
-    Attributes:
-        target: sparsity that was asked for.
-        found: the chosen allocation on the report split.
-        references: the rules on the report split, by label; the same labels at every point.
-        origin: where the choice came from, e.g. ``"policy"`` or ``"episode 37"``.
-        finals_loss: its loss on the finals' windows of the search split, nats per token; ``None`` without finals.
-    """
-
-    target: float
-    found: Row
-    references: Mapping[str, Row]
+    target: float  # sparsity that was asked for
+    found: Row  # the chosen allocation on the report split
+    references: Mapping[str, Row]  # the rules on the report split, by label; the same labels at every point
     allocation: Allocation
-    origin: str
+    origin: str  # where the choice came from, e.g. "policy" or "episode 37"
+    # its loss on the finals' windows of the search split, nats per token; None without finals
     finals_loss: float | None
 
 
 @dataclass(frozen=True)
 class Front:
-    """The points of one policy, by rising target.
+    """The points of one policy, by rising target."""
 
-    Attributes:
-        label: what the found column is called: the agent.
-        points: at least two.
-        search_tokens: tokens of all episodes.
-        final_tokens: tokens of the finals of all points.
-        seconds: wall time of search and finals.
-    """
-
-    label: str
-    points: tuple[FrontPoint, ...]
+    label: str  # what the found column is called: the agent
+    points: tuple[FrontPoint, ...]  # at least two
     dense: Row
     header: str
-    search_tokens: int
-    final_tokens: int
-    seconds: float
+    search_tokens: int  # tokens of all episodes
+    final_tokens: int  # tokens of the finals of all points
+    seconds: float  # wall time of search and finals
 
     def _repr_markdown_(self) -> str:
         return self.layout().markdown()

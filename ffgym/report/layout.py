@@ -26,53 +26,35 @@ STAR = "\N{NO-BREAK SPACE}*"
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """One column of a table whose rows are ``R``.
-
-    Attributes:
-        text: writes a row's cell; `STAR` at its end marks it.
-        left: it is text and stands on the left; numbers stand on the right.
-        plain: what JSON has of it, by key; ``None`` for nothing.
-        bold: Markdown shows the best row's cell in bold.
-        once: a console shows it only where the first column differs from the row above.
-        spare: it moves into the caption where all rows show the same, and a console that is too narrow leaves it out.
-        console_head: its name on a console, e.g. with line breaks; empty where that is ``head``.
-        look: more options of ``rich``'s ``add_column``.
-    """
+    """One column of a table whose rows are ``R``."""
 
     head: str
-    text: Callable[[R], str]
-    left: bool = False
-    plain: Callable[[R], JSONDict] | None = None
-    bold: bool = False
-    once: bool = False
+    text: Callable[[R], str]  # writes a row's cell; `STAR` at its end marks it
+    left: bool = False  # it is text and stands on the left; numbers stand on the right
+    plain: Callable[[R], JSONDict] | None = None  # what JSON has of it, by key; None for nothing
+    bold: bool = False  # Markdown shows the best row's cell in bold
+    once: bool = False  # a console shows it only where the first column differs from the row above
+    # it moves into the caption where all rows show the same, and a console that is too narrow leaves it out
     spare: bool = False
-    console_head: str | Text = ""
-    look: Mapping[str, Any] = field(default_factory=dict)
+    console_head: str | Text = ""  # its name on a console, e.g. with line breaks; empty where that is head
+    look: Mapping[str, Any] = field(default_factory=dict)  # more options of rich's add_column
 
 
 @dataclass(frozen=True)
 class Table(Generic[R]):
-    """Rows, and how every medium shows them.
-
-    Attributes:
-        notes: sentences that stand under it, one a line.
-        space: columns of blanks after every cell on a console, beside the one that stands between two cells anyway.
-        best: one of the rows, or ``None``.
-        row_style: the ``rich`` style of a row.
-        is_reference: the row is what the others are compared with; a console draws a line under it.
-        caption: what introduces the columns that are the same in all rows but the references.
-        plain: what JSON has of a row beside its columns.
-    """
+    """Rows, and how every medium shows them."""
 
     columns: Sequence[Column[R]]
     rows: Sequence[R]
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # sentences that stand under it, one a line
+    # columns of blanks after every cell on a console, beside the one that stands between two cells anyway
     space: int = 0
-    best: R | None = None
-    row_style: Callable[[R], str] = lambda _: ""
+    best: R | None = None  # one of the rows, or None
+    row_style: Callable[[R], str] = lambda _: ""  # the rich style of a row
+    # the row is what the others are compared with; a console draws a line under it
     is_reference: Callable[[R], bool] = lambda _: False
-    caption: str = "In every row"
-    plain: Callable[[R], JSONDict] = lambda _: {}
+    caption: str = "In every row"  # what introduces the columns that are the same in all rows but the references
+    plain: Callable[[R], JSONDict] = lambda _: {}  # what JSON has of a row beside its columns
 
     @property
     def shown(self) -> list[Column[R]]:

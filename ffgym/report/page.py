@@ -15,28 +15,18 @@ from ffgym.version import __version__
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows.
-
-    Attributes:
-        summary: sentences, the most important one first.
-        settings: what was run, by name.
-        tables: the results by heading.
-        pictures: captions by PNG file; what is not there is left out.
-        repeat: the command that does it again, or goes on with it.
-        configuration: the whole of it, as TOML.
-        load: Python that loads each saved model, by a line that says which one it is.
-        warnings: what a reader must know before anything else.
-    """
+    """What a page shows."""
 
     title: str
-    summary: Sequence[str]
-    settings: Mapping[str, str]
-    tables: Mapping[str, Table[Any]]
-    pictures: Mapping[Path, str]
-    repeat: str
-    configuration: str
+    summary: Sequence[str]  # sentences, the most important one first
+    settings: Mapping[str, str]  # what was run, by name
+    tables: Mapping[str, Table[Any]]  # the results by heading
+    pictures: Mapping[Path, str]  # captions by PNG file; what is not there is left out
+    repeat: str  # the command that does it again, or goes on with it
+    configuration: str  # the whole of it, as TOML
+    # Python that loads each saved model, by a line that says which one it is
     load: Mapping[str, str] = field(default_factory=dict)
-    warnings: Sequence[str] = ()
+    warnings: Sequence[str] = ()  # what a reader must know before anything else
 
 
 def write_page(page: Page, path: Path) -> None:

@@ -27,19 +27,12 @@ SECONDS_OF_TRUST, SHARE_OF_TRUST = 30.0, 0.05
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a job, of which it is known beforehand about how long it takes.
+    """A part of a job, of which it is known beforehand about how long it takes."""
 
-    Attributes:
-        label: what the labels of its stages begin with.
-        seconds: that are planned for it.
-        stages: how many stages it consists of.
-        computes: how long it takes says something about the other steps; fetching files says nothing.
-    """
-
-    label: str
-    seconds: float
-    stages: int = 1
-    computes: bool = True
+    label: str  # what the labels of its stages begin with
+    seconds: float  # that are planned for it
+    stages: int = 1  # how many stages it consists of
+    computes: bool = True  # how long it takes says something about the other steps; fetching files says nothing
 
 
 class _Plan:

@@ -21,18 +21,12 @@ DESTROYED = 10.0  # times the dense perplexity; such a model is of no use
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole model costs in one resource.
+    """What a whole model costs in one resource."""
 
-    Attributes:
-        key: the resource's key in JSON, e.g. ``"macs_per_token"``.
-        column: head of its column, e.g. ``"MACs/token"``.
-        text: the cost as tables print it.
-    """
-
-    key: str
-    column: str
+    key: str  # the resource's key in JSON, e.g. "macs_per_token"
+    column: str  # head of its column, e.g. "MACs/token"
     value: Count | FiniteFloat
-    text: str
+    text: str  # the cost as tables print it
 
 
 @dataclass(frozen=True)

@@ -20,23 +20,16 @@ STARTS = ("prior", "given policy")  # origins of what a search started from
 
 @dataclass(frozen=True, eq=False)  # no ==: its importance is an array
 class Candidate:
-    """An allocation, the importances behind it, and where it came from.
+    """An allocation, the importances behind it, and where it came from."""
 
-    Attributes:
-        importance: shape (2L,), float32.
-        allocation: what the projection made of it, at the target.
-        origin: ``"episode 37"``, ``"policy"``, ``"shape"`` for one that only the finals measured, or one of `STARTS`.
-        loss: nats per token on the deciding half of the finals' windows, or on all where all candidates are measured on
-            all; ``None`` for one that did not get there.
-        reward: mean over these windows of what it earns; ``None`` as well.
-        objectives: what the reward weighs, mean over these windows, by name; empty where it weighs nothing.
-    """
-
-    importance: np.ndarray
-    allocation: Allocation
-    origin: str
+    importance: np.ndarray  # shape (2L,), float32
+    allocation: Allocation  # what the projection made of it, at the target
+    origin: str  # "episode 37", "policy", "shape" for one that only the finals measured, or one of `STARTS`
+    # nats per token on the deciding half of the finals' windows, or on all where all candidates are measured on all;
+    # None for one that did not get there
     loss: float | None = None
-    reward: float | None = None
+    reward: float | None = None  # mean over these windows of what it earns; None as well
+    # what the reward weighs, mean over these windows, by name; empty where it weighs nothing
     objectives: dict[str, float] = field(default_factory=dict)
 
 

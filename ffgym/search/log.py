@@ -18,19 +18,13 @@ from ffgym.types import Episode
 
 @dataclass(frozen=True)
 class Log:
-    """What the log of a search holds.
+    """What the log of a search holds."""
 
-    Attributes:
-        episodes: in order.
-        seconds: wall time that they took, over all sessions.
-        digest: SHA-256 of its episodes, to be continued with the next one.
-        size: bytes of their lines; what a crash has cut off comes after them.
-    """
-
-    episodes: tuple[Episode, ...] = ()
-    seconds: float = 0.0
+    episodes: tuple[Episode, ...] = ()  # in order
+    seconds: float = 0.0  # wall time that they took, over all sessions
+    # SHA-256 of its episodes, to be continued with the next one
     digest: hashlib._Hash = field(default_factory=hashlib.sha256)
-    size: int = 0
+    size: int = 0  # bytes of their lines; what a crash has cut off comes after them
 
 
 class Line(BaseModel):

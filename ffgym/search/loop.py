@@ -24,17 +24,11 @@ from ffgym.types import Episode, OnShare, Update, do_nothing
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How long a search is, and how many meet in its finals; the fields are those of the table ``[search]``.
+    """How long a search is, and how many meet in its finals; the fields are those of the table ``[search]``."""
 
-    Attributes:
-        episodes: at full fidelity; times the tokens of an episode they are the token budget.
-        episodes_per_update: episodes that one policy update learns from.
-        finalists: allocations that are measured again, on what the environment reserves.
-    """
-
-    episodes: int
-    episodes_per_update: int
-    finalists: int
+    episodes: int  # at full fidelity; times the tokens of an episode they are the token budget
+    episodes_per_update: int  # episodes that one policy update learns from
+    finalists: int  # allocations that are measured again, on what the environment reserves
 
 
 @dataclass(frozen=True)

@@ -28,22 +28,15 @@ SWITCHES = {"recover": ["method"], "prior": ["name"], "schedule": ["sparsity", "
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a run, measured on the report split; ``None`` for what was not measured.
+    """The result of a run, measured on the report split; ``None`` for what was not measured."""
 
-    Attributes:
-        perplexity: of the model that was saved, or would be.
-        sparsity: share of the budget's resource removed over the prunable sublayers, in [0, 1].
-        search_tokens: tokens that the agent's episodes took.
-        seconds: wall time of search and finals.
-        accuracy: share of task examples answered right, where the reward weighs it; on examples of the search split.
-    """
-
-    perplexity: float
+    perplexity: float  # of the model that was saved, or would be
     dense_perplexity: float | None = None
-    sparsity: float | None = None
+    sparsity: float | None = None  # share of the budget's resource removed over the prunable sublayers, in [0, 1]
     params: float | None = None
-    search_tokens: int | None = None
-    seconds: float | None = None
+    search_tokens: int | None = None  # tokens that the agent's episodes took
+    seconds: float | None = None  # wall time of search and finals
+    # share of task examples answered right, where the reward weighs it; on examples of the search split
     accuracy: float | None = None
 
     @property

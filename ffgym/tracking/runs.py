@@ -20,36 +20,22 @@ PAGE = 1000
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """One MLflow run of ffgym's; ``None`` for what it does not have.
+    """One MLflow run of ffgym's; ``None`` for what it does not have."""
 
-    Attributes:
-        id: MLflow's, 32 hexadecimal digits.
-        status: ``"finished"``, ``"failed"``, ``"killed"`` or ``"running"``.
-        started: when, in UTC.
-        agent: who searched; of a heuristic without a search ``"one-shot"``.
-        model: what was pruned, as ``model.name`` has it.
-        sparsity: what was reached over the prunable sublayers, in [0, 1], or else the target.
-        sparsity_range: the targets of a run over a range, as MLflow shows them, such as ``"0.1:0.6"``.
-        result: perplexity on the report split of the model that was saved.
-        ratio: ``result`` as a multiple of the dense model's.
-        tokens: that the agent's episodes took.
-        parent: id of the bench, or of the run over a range, that it belongs to.
-    """
-
-    id: str
+    id: str  # MLflow's, 32 hexadecimal digits
     name: str
-    status: str
-    started: datetime
-    agent: str | None = None
+    status: str  # "finished", "failed", "killed" or "running"
+    started: datetime  # when, in UTC
+    agent: str | None = None  # who searched; of a heuristic without a search "one-shot"
     criterion: str | None = None
-    model: str | None = None
-    sparsity: float | None = None
-    sparsity_range: str | None = None
-    result: float | None = None
-    ratio: float | None = None
-    tokens: int | None = None
+    model: str | None = None  # what was pruned, as model.name has it
+    sparsity: float | None = None  # what was reached over the prunable sublayers, in [0, 1], or else the target
+    sparsity_range: str | None = None  # the targets of a run over a range, as MLflow shows them, such as "0.1:0.6"
+    result: float | None = None  # perplexity on the report split of the model that was saved
+    ratio: float | None = None  # result as a multiple of the dense model's
+    tokens: int | None = None  # that the agent's episodes took
     folder: Path | None = None
-    parent: str | None = None
+    parent: str | None = None  # id of the bench, or of the run over a range, that it belongs to
 
 
 def list_runs(root: Path, experiment: str = "ffgym") -> list[TrackedRun]:

@@ -25,41 +25,25 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture of llama.cpp: what its code (``src/models/NAME.cpp``) reads.
+    """One architecture of llama.cpp: what its code (``src/models/NAME.cpp``) reads."""
 
-    Attributes:
-        name: ``general.architecture``.
-        activation: of the MLP, as Hugging Face calls it.
-        biases: the linears whose bias it reads.
-        uneven: whether it reads head counts and feed-forward lengths per layer.
-        skips_attention: whether a layer may have no head at all.
-        neighbours_rotate: whether channels 2i and 2i + 1 of a head are rotated together, not i and i + head_dim / 2.
-        rope_factors: whether it reads a factor for every rotary frequency.
-        fused: whether query, key and value are one matrix.
-        untied: whether it reads an output matrix of its own.
-        wide_heads: whether heads times their channels may differ from the hidden size.
-        norm_shift: what it expects to have been added to the weights of norms.
-        post_norms: whether what each half writes passes through a norm.
-        windows: whether some layers attend to a sliding window, with rotary frequencies of their own.
-        soft_caps: whether it caps attention scores.
-        largest: the depth by which it knows the family's largest model, and there alone scales attention scores by the
-            hidden size over the number of heads instead of the channels of a head; 0 for never.
-    """
-
-    name: str
-    activation: str = "silu"
-    biases: frozenset[str] = frozenset()
-    uneven: bool = False
-    skips_attention: bool = False
+    name: str  # general.architecture
+    activation: str = "silu"  # of the MLP, as Hugging Face calls it
+    biases: frozenset[str] = frozenset()  # the linears whose bias it reads
+    uneven: bool = False  # whether it reads head counts and feed-forward lengths per layer
+    skips_attention: bool = False  # whether a layer may have no head at all
+    # whether channels 2i and 2i + 1 of a head are rotated together, not i and i + head_dim / 2
     neighbours_rotate: bool = False
-    rope_factors: bool = False
-    fused: bool = False
-    untied: bool = True
-    wide_heads: bool = True
-    norm_shift: float = 0.0
-    post_norms: bool = False
-    windows: bool = False
-    soft_caps: bool = False
+    rope_factors: bool = False  # whether it reads a factor for every rotary frequency
+    fused: bool = False  # whether query, key and value are one matrix
+    untied: bool = True  # whether it reads an output matrix of its own
+    wide_heads: bool = True  # whether heads times their channels may differ from the hidden size
+    norm_shift: float = 0.0  # what it expects to have been added to the weights of norms
+    post_norms: bool = False  # whether what each half writes passes through a norm
+    windows: bool = False  # whether some layers attend to a sliding window, with rotary frequencies of their own
+    soft_caps: bool = False  # whether it caps attention scores
+    # the depth by which it knows the family's largest model, and there alone scales attention scores by the hidden size
+    # over the number of heads instead of the channels of a head; 0 for never
     largest: int = 0
 
 
@@ -108,19 +92,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds, as far as an architecture has to say it.
+    """What a folder holds, as far as an architecture has to say it."""
 
-    Attributes:
-        family: whose ``gguf`` names the architectures that may express it.
-        config: the Hugging Face config.
-        layers: their sizes.
-        tensors: names in the checkpoint.
-    """
-
-    family: Family
-    config: Any
-    layers: tuple[Layer, ...]
-    tensors: Container[str]
+    family: Family  # whose gguf names the architectures that may express it
+    config: Any  # the Hugging Face config
+    layers: tuple[Layer, ...]  # their sizes
+    tensors: Container[str]  # names in the checkpoint
 
     @property
     def head_dim(self) -> int:
