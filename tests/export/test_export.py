@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -160,14 +161,19 @@ class TestLoading:
             assert torch.equal(scope["model"](IDS).logits, saved.models["llama-gqa-emptied"](IDS).logits)
 
 
+def with_cache(model, cache):
+    """The argument that this version of transformers takes a KV cache by."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 class TestGeneration:
     def test_logits_agree_at_every_step_with_and_without_a_cache(self, saved, variant):
         model = load(saved, variant)
         with torch.no_grad():
             whole = model(IDS).logits
             cache = DynamicCache(config=model.config)
-            steps = [model(IDS[:, :4], past_key_values=cache).logits]
-            steps += [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(4, IDS.shape[1])]
+            steps = [model(IDS[:, :4], **with_cache(model, cache)).logits]
+            steps += [model(IDS[:, i : i + 1], **with_cache(model, cache)).logits for i in range(4, IDS.shape[1])]
         assert cache.get_seq_length() == IDS.shape[1]
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
@@ -190,7 +196,7 @@ class TestGeneration:
         assert model.generate(IDS, num_beams=3, **options).shape[0] == 2
         cache = StaticCache(config=model.config, max_cache_len=16)
         with torch.no_grad():
-            model(IDS, past_key_values=cache)
+            model(IDS, **with_cache(model, cache))
         assert all(layer.is_initialized for layer in cache.layers)
 
     @pytest.mark.parametrize(
@@ -211,7 +217,7 @@ class TestGeneration:
         with torch.no_grad():
             whole = model(IDS).logits
             cache = DynamicCache(config=model.config)
-            steps = [model(IDS[:, i : i + 1], past_key_values=cache).logits for i in range(IDS.shape[1])]
+            steps = [model(IDS[:, i : i + 1], **with_cache(model, cache)).logits for i in range(IDS.shape[1])]
         torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
     def test_attention_implementations_can_be_chosen(self, saved):
