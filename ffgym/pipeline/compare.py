@@ -152,7 +152,7 @@ def _ahead(task: Task, rows: Sequence[Row], heuristics: Mapping[str, Allocation]
     return f"by its reward, {label} + {found.refit} ({np.mean(theirs):.2f}) is ahead of it ({np.mean(ours):.2f}){start}"
 
 
-def model_folder(config: RunConfig, folder: Path, target: float) -> Path:
+def target_model_folder(config: RunConfig, folder: Path, target: float) -> Path:
     """``model``, or ``model-0.20`` where the model of every point is saved."""
     if not config.output.save_all:
         return folder / "model"

@@ -10,8 +10,8 @@ from ffgym.pipeline.compare import (
     found_name,
     heuristic_allocations,
     measured_row,
-    model_folder,
     refit_name,
+    target_model_folder,
     with_result,
 )
 from ffgym.pipeline.task import Task, at_target, cut_to
@@ -40,7 +40,7 @@ def finish_front(
             reporter.print(f"target {found.target:.1%}")
             if config.output.save_all:
                 own = compared_rows(point, references, {}, found, reporter, rows["dense"])
-                full, _ = with_result(point, own, found, reporter, model_folder(config, folder, found.target))
+                full, _ = with_result(point, own, found, reporter, target_model_folder(config, folder, found.target))
                 rows = {row.label: row for row in full.rows}
             else:
                 for label, allocation in {**references, name: found.best.allocation}.items():

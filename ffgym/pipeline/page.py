@@ -10,7 +10,7 @@ from ffgym.config.mixture import described
 from ffgym.config.toml import written
 from ffgym.export.checkpoint import load_code
 from ffgym.pipeline.artifacts import PICTURES
-from ffgym.pipeline.compare import model_folder, refit_name
+from ffgym.pipeline.compare import refit_name, target_model_folder
 from ffgym.pipeline.folder import read_record, resume_command
 from ffgym.pipeline.stored import StoredRun
 from ffgym.recover.folders import output_folder
@@ -74,7 +74,7 @@ def _loading(run: StoredRun, front: Table[Sequence[str]] | None) -> dict[str, st
     config, table, load = run.config, run.table, dict[str, str]()
     points = dict(zip(config.targets, front.rows[1:], strict=False)) if front is not None else {}
     for target in config.targets if config.output.save_all else (config.main_target,):
-        place, rows = model_folder(config, run.folder, target), list[str]()
+        place, rows = target_model_folder(config, run.folder, target), list[str]()
         if target == config.main_target:
             saved = [row for row in table.rows if row.is_saved] if table is not None else []
             rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]

@@ -23,7 +23,7 @@ from ffgym.pipeline.compare import (
     asked_rules,
     compared_rows,
     heuristic_allocations,
-    model_folder,
+    target_model_folder,
     with_result,
 )
 from ffgym.pipeline.folder import check_output, read_record, reopen_folder
@@ -160,7 +160,7 @@ def compare(task: Task, searched: Searched, session: Session) -> list[Row]:
 def finish(task: Task, searched: Searched, rows: list[Row], session: Session) -> RunResult:
     """Measure and save the refitted result, and under a range measure the whole front."""
     config, main, folder = task.config, searched.main, session.folder
-    place = model_folder(config, folder, main.target)
+    place = target_model_folder(config, folder, main.target)
     table, saved = with_result(at_target(task, main.target), rows, main, session.progress, place)
     front = None
     if config.prune.is_range:

@@ -11,7 +11,7 @@ from rich.console import Console
 from ffgym.config.tables import RunConfig
 from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.pipeline.artifacts import allocation_json
-from ffgym.pipeline.compare import model_folder
+from ffgym.pipeline.compare import target_model_folder
 from ffgym.pipeline.folder import RESULT, is_finished, read_record
 from ffgym.pipeline.stored import read_table
 from ffgym.recover.folders import output_folder
@@ -158,7 +158,7 @@ def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
     """The results of the run in a folder; ``None`` where it is not finished."""
     if not is_finished(folder, config):
         return None
-    model = model_folder(config, folder, config.main_target)
+    model = target_model_folder(config, folder, config.main_target)
     recovered = output_folder(model)
     return FinishedRun(
         folder,
