@@ -45,7 +45,7 @@ def place_lock(place: Path) -> Iterator[None]:
         yield
 
 
-def check_output(source: Path, place: Path, overwrite: bool) -> None:
+def check_recovery_output(source: Path, place: Path, overwrite: bool) -> None:
     """Refuse a folder that cannot be written to, before anything is trained."""
     if place.is_relative_to(source) or source.is_relative_to(place):
         raise OutputError(

@@ -34,7 +34,7 @@ from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
-from ffgym.recover.folders import check_output, output_folder, place_lock, unfinished_folder
+from ffgym.recover.folders import check_recovery_output, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
@@ -78,7 +78,7 @@ def recover(
     check_method(config.recover, dense)
     config = configured.with_options(config, ["recover"])
     place = output_folder(source) if output is None else Path(output).expanduser().resolve()
-    check_output(source, place, overwrite)
+    check_recovery_output(source, place, overwrite)
     reporter, tracking = Reporter(progress), config.tracking
     record, written = unfinished_folder(place) / "config.toml", _record(config, dense)
     with Tracker(
