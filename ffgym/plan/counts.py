@@ -62,7 +62,7 @@ class Operations:
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlannedStage:
     """What one stage of a run needs."""
 
     name: str  # "load", "prepare", "search", "finals", "report", "save", "recover"
@@ -83,7 +83,7 @@ class Stage:
         return max(self.memory, key=lambda name: self.memory[name], default="")
 
 
-def stages(shape: ModelShape, load: Workload) -> list[Stage]:
+def stages(shape: ModelShape, load: Workload) -> list[PlannedStage]:
     """The stages of a run, in order; those that it does not have are left out."""
     wanted = {
         _load: True,
@@ -247,13 +247,13 @@ def _products(load: Workload, operations: float) -> Operations:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _load(shape: ModelShape, load: Workload) -> Stage:
+def _load(shape: ModelShape, load: Workload) -> PlannedStage:
     seconds = LOADING_SECONDS + weights(shape, load) / LOADED_BYTES
     memory = {"libraries": LIBRARIES, "weights": _own_weights(shape, load)}
-    return Stage("load", 0, Operations(), memory, seconds)
+    return PlannedStage("load", 0, Operations(), memory, seconds)
 
 
-def _prepare(shape: ModelShape, load: Workload) -> Stage:
+def _prepare(shape: ModelShape, load: Workload) -> PlannedStage:
     tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
     products = sum(_own_products(s.channels) for s in shape.sublayers)
     operations = (Operations(forward(shape, load, head=False)) + _products(load, products)) * tokens
@@ -275,11 +275,11 @@ def _prepare(shape: ModelShape, load: Workload) -> Stage:
     }
     memory["moments"] = (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2
     if load.is_prepared:  # needs as much memory all the same, in case its store turns out to be damaged
-        return Stage("prepare", 0, Operations(), memory, store(shape, load) / LOADED_BYTES)
-    return Stage("prepare", tokens, operations, memory)
+        return PlannedStage("prepare", 0, Operations(), memory, store(shape, load) / LOADED_BYTES)
+    return PlannedStage("prepare", tokens, operations, memory)
 
 
-def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> Stage:
+def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> PlannedStage:
     """A number of allocations measured together, each on so many tokens, so many times."""
     heads = 2 * shape.head * load.diverging  # the dense model's last states go through it again
     operations = Operations(forward(shape, load, sparsity=load.sparsity) + heads, 0) * (allocations * tokens)
@@ -292,10 +292,10 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
         "refitted consumers": round(own * kept * shape.hidden * load.dtype.itemsize) + 12 * shape.hidden * round(kept),
         "activations": _activations(shape, load, tokens),
     }
-    return Stage(name, allocations * tokens * times, operations * times, memory)
+    return PlannedStage(name, allocations * tokens * times, operations * times, memory)
 
 
-def _search(shape: ModelShape, load: Workload) -> Stage:
+def _search(shape: ModelShape, load: Workload) -> PlannedStage:
     found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
     met = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
     known = 0 if load.diverging else load.known_tokens  # losses are kept from run to run, states are not
@@ -305,7 +305,7 @@ def _search(shape: ModelShape, load: Workload) -> Stage:
         slopes = _slopes(shape, load)
         # One after the other: losses, the gradient at the last layer, and layer by layer back to the first.
         memory = memory | {"activations": max(0, memory["activations"] - slopes), "slopes": slopes}
-    return Stage(found.name, found.tokens, found.operations + dense, memory)
+    return PlannedStage(found.name, found.tokens, found.operations + dense, memory)
 
 
 def _slopes(shape: ModelShape, load: Workload) -> int:
@@ -317,11 +317,11 @@ def _slopes(shape: ModelShape, load: Workload) -> int:
     return states + max(graph * load.dtype.itemsize, logits)
 
 
-def _finals(shape: ModelShape, load: Workload) -> Stage:
+def _finals(shape: ModelShape, load: Workload) -> PlannedStage:
     return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * len(load.targets))
 
 
-def _report(shape: ModelShape, load: Workload) -> Stage:
+def _report(shape: ModelShape, load: Workload) -> PlannedStage:
     tokens = load.report_rows * load.report_tokens
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
@@ -330,16 +330,16 @@ def _report(shape: ModelShape, load: Workload) -> Stage:
         "hidden states": hidden_states(shape, load, load.report_tokens),
         "activations": _activations(shape, load, load.report_tokens),
     }
-    return Stage("report", tokens, operations, memory)
+    return PlannedStage("report", tokens, operations, memory)
 
 
-def _save(shape: ModelShape, load: Workload) -> Stage:
+def _save(shape: ModelShape, load: Workload) -> PlannedStage:
     # safetensors writes from the tensors' own memory; layers of a streamed model are copied, and what is converted.
     is_copied = load.streamed or load.saved_in is not None
     saved = _at_a_time(shape, load, saved_model(shape, load, min(load.saves)), layers=2) if is_copied else 0
-    return Stage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
+    return PlannedStage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 
 
-def _recover(shape: ModelShape, load: Workload) -> Stage:
+def _recover(shape: ModelShape, load: Workload) -> PlannedStage:
     passes = (1 + BACKWARD) * forward(shape, load, sparsity=load.sparsity)
-    return Stage("recover", load.train_tokens, Operations(passes) * load.train_tokens)
+    return PlannedStage("recover", load.train_tokens, Operations(passes) * load.train_tokens)

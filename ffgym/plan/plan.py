@@ -13,7 +13,7 @@ import torch
 
 from ffgym.errors import FitError
 from ffgym.plan import counts
-from ffgym.plan.counts import Stage
+from ffgym.plan.counts import PlannedStage
 from ffgym.plan.machine import Speed, measure_speed
 from ffgym.plan.shape import ModelShape, Workload
 from ffgym.report.layout import humane
@@ -36,7 +36,7 @@ class Plan:
     output: Path = Path("runs")  # folder that the run is written to, or in which it gets one
 
     @cached_property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[PlannedStage]:
         """The stages of the run, in order."""
         return counts.stages(self.shape, self.load)
 
@@ -46,7 +46,7 @@ class Plan:
         return measure_speed(self.shape, self.load.dtype, self.device, self.load.window)
 
     @property
-    def largest(self) -> Stage:
+    def largest(self) -> PlannedStage:
         """The stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
@@ -67,7 +67,7 @@ class Plan:
         """Whether that is free."""
         return self.needed <= self.free
 
-    def seconds(self, stage: Stage) -> float:
+    def seconds(self, stage: PlannedStage) -> float:
         """How long a stage takes."""
         shared = self.processes if stage.name in counts.SHARED else 1
         return stage.seconds + self.speed.seconds(stage.operations) / shared

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from ffgym.recover.checkpoint import Checkpoint
-    from ffgym.report.progress import Stage
+    from ffgym.report.progress import StageProgress
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class TrainingSetup:
     evaluate_every: int
     seed: int
     tokens_per_pass: int
-    progress: Callable[[int], AbstractContextManager[Stage]]
+    progress: Callable[[int], AbstractContextManager[StageProgress]]
     log: Callable[[Sequence[tuple[str, float, int]]], None]
     checkpoint: Checkpoint | None = None
 

@@ -89,7 +89,7 @@ class _Plan:
         return sum(before.seconds for before in self._steps[: self._place]) + own * step.seconds
 
 
-class Stage:
+class StageProgress:
     """One running stage; call it with (done, total) or ``advance`` it."""
 
     def __init__(self, label: str, total: int, unit: str, console: Console, plan: _Plan | None) -> None:
@@ -210,11 +210,11 @@ class Reporter:
         self._plan = _Plan(steps)
 
     @contextmanager
-    def stage(self, label: str, total: int, unit: str = "") -> Iterator[Stage]:
+    def stage(self, label: str, total: int, unit: str = "") -> Iterator[StageProgress]:
         """Show one stage until the block ends, then a line with its duration."""
         begun = time.monotonic()
         plan = self._plan if self._plan is not None and self._plan.enter(label) else None
-        stage = Stage(label, total, unit, self.console, plan)
+        stage = StageProgress(label, total, unit, self.console, plan)
         if self.console.is_terminal:
             with Live(stage, console=self.console, transient=True):
                 yield stage

@@ -26,7 +26,7 @@ from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
-from ffgym.plan.counts import Stage
+from ffgym.plan.counts import PlannedStage
 from ffgym.plan.machine import Speed, free_memory, measure_speed
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, Workload, shape_of, skeleton_of
@@ -285,7 +285,7 @@ def test_every_point_of_a_range_is_planned_at_its_own_sparsity(tmp_path: Path) -
     def saved(plan: Plan) -> int:
         return counts.saved_models(plan.shape, plan.load)
 
-    def search(plan: Plan) -> Stage:
+    def search(plan: Plan) -> PlannedStage:
         return next(stage for stage in plan.stages if stage.name == "search")
 
     points = [plan(target) for target in load_config(prune={"sparsity": "0.1:0.5"}).targets]
