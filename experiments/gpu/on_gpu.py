@@ -27,7 +27,7 @@ from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.models.placement import tokens_per_batch
 from ffgym.models.stream import streamed_model
 from ffgym.plan.counts import stages
-from ffgym.plan.shape import Workload, shape_of
+from ffgym.plan.shape import RunLoad, shape_of
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.store import opened_or_prepared, store_key, weights_digest
 
@@ -79,7 +79,7 @@ def planned(folder: Path, device: torch.device, *, streamed: bool) -> int:
     """Bytes that the plan counts on the device at the peak of preparing and searching."""
     from transformers import AutoConfig
 
-    load = Workload(
+    load = RunLoad(
         window=WINDOW,
         calibration_tokens=CALIBRATION * WINDOW,
         targets=(SPARSITY,),

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from ffgym.plan.counts import factors, forward, refit
-from ffgym.plan.shape import ModelShape, Workload, shape_of
+from ffgym.plan.shape import ModelShape, RunLoad, shape_of
 from ffgym.pruning.calibration import NestedRidge
 from ffgym.pruning.factors import factor_dtype, packed_size
 
@@ -64,7 +64,7 @@ def tables() -> None:
     print("|---" * (2 + len(TOKENS)) + "|")
     for name in SIZES:
         shape = shape_of(config_of(name), name)
-        load = Workload(WINDOW, 0, (SPARSITY,), torch.bfloat16, WINDOW)
+        load = RunLoad(WINDOW, 0, (SPARSITY,), torch.bfloat16, WINDOW)
         before = sum(4 * s.channels * (shape.hidden + s.channels) for s in shape.sublayers)
         cells = [f"{factors(shape) / 2**30:.1f} ({before / 2**30:.1f})"]
         for tokens in TOKENS:

@@ -1,4 +1,4 @@
-"""What every stage of a run holds in memory and computes: pure functions of a shape and a workload.
+"""What every stage of a run holds in memory and computes: pure functions of the shape of a model and the load of a run.
 
 Memory is counted at each stage's peak, in bytes that are alive at the same time. The counts follow the code that they
 name, and experiments/scale/memory.py compares them with what processes really need.
@@ -13,7 +13,7 @@ import torch
 from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS
 from ffgym.models.placement import KEPT_KERNELS
 from ffgym.models.walk import LOGIT_ROWS
-from ffgym.plan.shape import ModelShape, Workload
+from ffgym.plan.shape import ModelShape, RunLoad
 from ffgym.prepare.paths import GRADIENT_SHARE, HELD_OUT_ROWS, held_out_windows
 from ffgym.pruning.calibration import SKETCHED
 from ffgym.pruning.factors import WIDE, factor_bytes, grid
@@ -83,7 +83,7 @@ class PlannedStage:
         return max(self.memory, key=lambda name: self.memory[name], default="")
 
 
-def stages(shape: ModelShape, load: Workload) -> list[PlannedStage]:
+def stages(shape: ModelShape, load: RunLoad) -> list[PlannedStage]:
     """The stages of a run, in order; those that it does not have are left out."""
     wanted = {
         _load: True,
@@ -100,7 +100,7 @@ def stages(shape: ModelShape, load: Workload) -> list[PlannedStage]:
 # --- parts that are there whatever a stage does -----------------------------------------------------------------------
 
 
-def weights(shape: ModelShape, load: Workload) -> int:
+def weights(shape: ModelShape, load: RunLoad) -> int:
     """Bytes of the dense weights."""
     return shape.parameters * load.dtype.itemsize
 
@@ -115,36 +115,36 @@ def moments(shape: ModelShape) -> int:
     return 4 * (shape.widest("attention") ** 2 + shape.widest("mlp") ** 2)
 
 
-def store(shape: ModelShape, load: Workload) -> int:
+def store(shape: ModelShape, load: RunLoad) -> int:
     """Bytes of the prepared model on disk."""
     return factors(shape) + _kept_statistics(shape, load)
 
 
-def saved_model(shape: ModelShape, load: Workload, sparsity: float) -> int:
+def saved_model(shape: ModelShape, load: RunLoad, sparsity: float) -> int:
     """Bytes of a saved model."""
     return round((shape.parameters - sparsity * shape.prunable) * load.saved_dtype.itemsize)
 
 
-def saved_models(shape: ModelShape, load: Workload) -> int:
+def saved_models(shape: ModelShape, load: RunLoad) -> int:
     """Bytes of all models that are saved."""
     return sum(saved_model(shape, load, sparsity) for sparsity in load.saves)
 
 
-def hidden_states(shape: ModelShape, load: Workload, tokens: int) -> int:
+def hidden_states(shape: ModelShape, load: RunLoad, tokens: int) -> int:
     """Bytes of the residual stream at some tokens."""
     return tokens * shape.hidden * load.dtype.itemsize
 
 
-def _kept_statistics(shape: ModelShape, load: Workload) -> int:
+def _kept_statistics(shape: ModelShape, load: RunLoad) -> int:
     return sum(kept_bytes(shape.hidden, s.channels, load.kept) for s in shape.sublayers)
 
 
-def _at_a_time(shape: ModelShape, load: Workload, size: int, layers: int = 1) -> int:
+def _at_a_time(shape: ModelShape, load: RunLoad, size: int, layers: int = 1) -> int:
     """Bytes in memory at a time, of the size of all layers: all of it, or so many layers where they are streamed."""
     return size * layers // (len(shape.sublayers) // 2) if load.streamed else size
 
 
-def _own_weights(shape: ModelShape, load: Workload) -> int:
+def _own_weights(shape: ModelShape, load: RunLoad) -> int:
     """Bytes of the weights in this process's own memory: those neither converted nor permuted stay in the file."""
     if load.streamed:  # the layer at work, the next one, and what belongs to no layer
         layers = _at_a_time(shape, load, shape.prunable, layers=2)
@@ -153,7 +153,7 @@ def _own_weights(shape: ModelShape, load: Workload) -> int:
     return (shape.parameters if is_converted else shape.prunable) * load.dtype.itemsize
 
 
-def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
+def _prepared(shape: ModelShape, load: RunLoad) -> dict[str, int]:
     return {
         "libraries": LIBRARIES,
         "weights": _own_weights(shape, load),
@@ -161,7 +161,7 @@ def _prepared(shape: ModelShape, load: Workload) -> dict[str, int]:
     }
 
 
-def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int]:
+def _searched(shape: ModelShape, load: RunLoad, rows: int = 0) -> dict[str, int]:
     """A prepared model, the dense model's last states if rewards need them, and code for the widths used so far.
 
     The widths are those of a search and of so many rows of the report.
@@ -175,7 +175,7 @@ def _searched(shape: ModelShape, load: Workload, rows: int = 0) -> dict[str, int
     return {**_prepared(shape, load), "kernels": kernels, "dense states": states}
 
 
-def _finished(shape: ModelShape, load: Workload) -> dict[str, int]:
+def _finished(shape: ModelShape, load: RunLoad) -> dict[str, int]:
     """What the stages after a search hold: the libraries that draw and save too, and the consumers of a cut model."""
     kept = load.most_kept * sum(s.channels for s in shape.sublayers)
     consumers = _at_a_time(shape, load, round(kept * shape.hidden * load.dtype.itemsize))
@@ -183,7 +183,7 @@ def _finished(shape: ModelShape, load: Workload) -> dict[str, int]:
     return held | {"libraries": LIBRARIES + TRACKING, "refitted consumers": consumers}
 
 
-def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
+def _activations(shape: ModelShape, load: RunLoad, tokens: int) -> int:
     """Bytes of a forward pass through one layer, and of the tiles of logits after the last one."""
     tokens = min(tokens, max(load.batch_tokens, load.window))
     attention = FORWARD_ATTENTION * max(shape.hidden, shape.widest("attention"))
@@ -194,7 +194,7 @@ def _activations(shape: ModelShape, load: Workload, tokens: int) -> int:
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-def forward(shape: ModelShape, load: Workload, *, sparsity: float = 0.0, head: bool = True) -> float:
+def forward(shape: ModelShape, load: RunLoad, *, sparsity: float = 0.0, head: bool = True) -> float:
     """Operations of one token through the layers, and through the head."""
     attention = 2 * load.window * sum(s.channels for s in shape.sublayers if s.kind == "attention")
     experts = sum(s.units * s.unit_params for s in shape.sublayers if s.kind == "experts")
@@ -217,7 +217,7 @@ def refit(shape: ModelShape, sparsity: float, allocations: int = 1) -> float:
     return total
 
 
-def factorise(shape: ModelShape, load: Workload) -> Operations:
+def factorise(shape: ModelShape, load: RunLoad) -> Operations:
     """Operations of choosing lambda and factorising, over all sublayers."""
     total, m = Operations(), shape.hidden
     for sublayer in shape.sublayers:
@@ -239,7 +239,7 @@ def _own_products(n: float) -> float:
     return n * (n + min(n, BLOCK))
 
 
-def _products(load: Workload, operations: float) -> Operations:
+def _products(load: RunLoad, operations: float) -> Operations:
     """Operations of products that round their factors to the model's dtype."""
     return Operations(operations) if load.dtype is torch.bfloat16 else Operations(0, operations)
 
@@ -247,13 +247,13 @@ def _products(load: Workload, operations: float) -> Operations:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _load(shape: ModelShape, load: Workload) -> PlannedStage:
+def _load(shape: ModelShape, load: RunLoad) -> PlannedStage:
     seconds = LOADING_SECONDS + weights(shape, load) / LOADED_BYTES
     memory = {"libraries": LIBRARIES, "weights": _own_weights(shape, load)}
     return PlannedStage("load", 0, Operations(), memory, seconds)
 
 
-def _prepare(shape: ModelShape, load: Workload) -> PlannedStage:
+def _prepare(shape: ModelShape, load: RunLoad) -> PlannedStage:
     tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
     products = sum(_own_products(s.channels) for s in shape.sublayers)
     operations = (Operations(forward(shape, load, head=False)) + _products(load, products)) * tokens
@@ -279,7 +279,7 @@ def _prepare(shape: ModelShape, load: Workload) -> PlannedStage:
     return PlannedStage("prepare", tokens, operations, memory)
 
 
-def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tokens: int, times: int) -> PlannedStage:
+def _measure(shape: ModelShape, load: RunLoad, name: str, allocations: int, tokens: int, times: int) -> PlannedStage:
     """A number of allocations measured together, each on so many tokens, so many times."""
     heads = 2 * shape.head * load.diverging  # the dense model's last states go through it again
     operations = Operations(forward(shape, load, sparsity=load.sparsity) + heads, 0) * (allocations * tokens)
@@ -295,7 +295,7 @@ def _measure(shape: ModelShape, load: Workload, name: str, allocations: int, tok
     return PlannedStage(name, allocations * tokens * times, operations * times, memory)
 
 
-def _search(shape: ModelShape, load: Workload) -> PlannedStage:
+def _search(shape: ModelShape, load: RunLoad) -> PlannedStage:
     found = _measure(shape, load, "search", load.episodes_per_update, load.episode_tokens, load.updates * load.searches)
     met = min(load.search_tokens, load.updates * load.texts * load.episode_tokens)
     known = 0 if load.diverging else load.known_tokens  # losses are kept from run to run, states are not
@@ -308,7 +308,7 @@ def _search(shape: ModelShape, load: Workload) -> PlannedStage:
     return PlannedStage(found.name, found.tokens, found.operations + dense, memory)
 
 
-def _slopes(shape: ModelShape, load: Workload) -> int:
+def _slopes(shape: ModelShape, load: RunLoad) -> int:
     """Bytes of the states before each layer, and of what needs more: some rows of logits, or a layer's graph."""
     states = (len(shape.sublayers) // 2 + 1) * hidden_states(shape, load, load.episode_tokens)
     attention, mlp = shape.widest("attention"), shape.widest("mlp")
@@ -317,11 +317,11 @@ def _slopes(shape: ModelShape, load: Workload) -> int:
     return states + max(graph * load.dtype.itemsize, logits)
 
 
-def _finals(shape: ModelShape, load: Workload) -> PlannedStage:
+def _finals(shape: ModelShape, load: RunLoad) -> PlannedStage:
     return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * len(load.targets))
 
 
-def _report(shape: ModelShape, load: Workload) -> PlannedStage:
+def _report(shape: ModelShape, load: RunLoad) -> PlannedStage:
     tokens = load.report_rows * load.report_tokens
     operations = Operations(forward(shape, load, sparsity=load.sparsity)) * tokens
     operations += _products(load, refit(shape, load.sparsity)) * load.report_rows
@@ -333,13 +333,13 @@ def _report(shape: ModelShape, load: Workload) -> PlannedStage:
     return PlannedStage("report", tokens, operations, memory)
 
 
-def _save(shape: ModelShape, load: Workload) -> PlannedStage:
+def _save(shape: ModelShape, load: RunLoad) -> PlannedStage:
     # safetensors writes from the tensors' own memory; layers of a streamed model are copied, and what is converted.
     is_copied = load.streamed or load.saved_in is not None
     saved = _at_a_time(shape, load, saved_model(shape, load, min(load.saves)), layers=2) if is_copied else 0
     return PlannedStage("save", 0, Operations(), {**_finished(shape, load), "saved model": saved})
 
 
-def _recover(shape: ModelShape, load: Workload) -> PlannedStage:
+def _recover(shape: ModelShape, load: RunLoad) -> PlannedStage:
     passes = (1 + BACKWARD) * forward(shape, load, sparsity=load.sparsity)
     return PlannedStage("recover", load.train_tokens, Operations(passes) * load.train_tokens)

@@ -15,7 +15,7 @@ from ffgym.errors import FitError
 from ffgym.plan import counts
 from ffgym.plan.counts import PlannedStage
 from ffgym.plan.machine import Speed, measure_speed
-from ffgym.plan.shape import ModelShape, Workload
+from ffgym.plan.shape import ModelShape, RunLoad
 from ffgym.report.layout import humane
 from ffgym.report.progress import clock
 
@@ -28,7 +28,7 @@ class Plan:
 
     name: str  # what the user called the model
     shape: ModelShape  # of the model
-    load: Workload  # what the run does
+    load: RunLoad  # what the run does
     device: torch.device  # where the model runs
     free: int  # bytes of that device's memory, or of all GPUs that layers are spread over, that this process may have
     texts: Mapping[str, str]  # what each split is made of, by role
@@ -123,7 +123,7 @@ class Plan:
         return f"Use a machine with more memory, or a smaller model{with_all}.{pinned}"
 
     def _smaller(self) -> dict[str, dict[str, Any]]:
-        """Changes of the run that save memory: fields of its workload, by option."""
+        """Changes of the run that save memory: fields of its load, by option."""
         load, found = self.load, dict[str, dict[str, Any]]()
         if load.workers > 1:
             found["--workers 1"] = {"workers": 1}

@@ -59,7 +59,7 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Workload:
+class RunLoad:
     """What a run does, in tokens and counts."""
 
     window: int  # tokens of a window

@@ -15,7 +15,7 @@ from ffgym.models.loading import config_of
 from ffgym.models.placement import choose_device, choose_dtype, named_dtype, narrower_dtype, tokens_per_batch
 from ffgym.plan.machine import free_memory
 from ffgym.plan.plan import Plan
-from ffgym.plan.shape import ModelShape, Workload, shape_of
+from ffgym.plan.shape import ModelShape, RunLoad, shape_of
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion, Reward
 from ffgym.prepare.calibrations import calibration_class, has_ridge_path
@@ -45,7 +45,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
     if device.type != "cpu":
         shape = replace(shape, saved_as="")  # no weights stay in the file
     check_window(data.window, shape.context_limit)
-    load = Workload(
+    load = RunLoad(
         window=data.window,
         calibration_tokens=data.whole_tokens("calibration"),
         targets=config.targets,

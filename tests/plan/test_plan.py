@@ -29,7 +29,7 @@ from ffgym.plan import counts
 from ffgym.plan.counts import PlannedStage
 from ffgym.plan.machine import Speed, free_memory, measure_speed
 from ffgym.plan.plan import Plan
-from ffgym.plan.shape import ModelShape, Workload, shape_of, skeleton_of
+from ffgym.plan.shape import ModelShape, RunLoad, shape_of, skeleton_of
 from ffgym.plugins import manager
 from ffgym.prepare.planning import placed
 from ffgym.pruning.factors import factor_bytes
@@ -48,7 +48,7 @@ LLAMA_8B = {
     "vocab_size": 128256,
     "dtype": "bfloat16",
 }
-LOAD = Workload(
+LOAD = RunLoad(
     window=512,
     calibration_tokens=8192,
     targets=(0.2,),
