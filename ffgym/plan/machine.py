@@ -26,7 +26,7 @@ HEAD = 64  # channels of its attention heads
 
 
 @dataclass(frozen=True)
-class Speed:
+class MachineSpeed:
     """Floating-point operations a second, for each kind in `Operations`."""
 
     model: float
@@ -83,7 +83,7 @@ def _file_pages(group: Path) -> int:
     return 0
 
 
-def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, window: int) -> Speed:
+def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, window: int) -> MachineSpeed:
     """Time a decoder layer of a model's proportions, a product in float32 and a factorisation in float64.
 
     It takes about a second, and some 100 MB.
@@ -117,7 +117,7 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
     def factorise() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(wide)[0], wide, upper=False)
 
-    return Speed(model, float32, n**3 * 4 / 3 / _seconds(factorise, device))
+    return MachineSpeed(model, float32, n**3 * 4 / 3 / _seconds(factorise, device))
 
 
 def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: torch.device) -> Any:

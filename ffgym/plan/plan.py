@@ -14,7 +14,7 @@ import torch
 from ffgym.errors import FitError
 from ffgym.plan import counts
 from ffgym.plan.counts import PlannedStage
-from ffgym.plan.machine import Speed, measure_speed
+from ffgym.plan.machine import MachineSpeed, measure_speed
 from ffgym.plan.shape import ModelShape, RunLoad
 from ffgym.report.layout import humane
 from ffgym.report.progress import clock
@@ -41,7 +41,7 @@ class Plan:
         return counts.stages(self.shape, self.load)
 
     @cached_property
-    def speed(self) -> Speed:
+    def speed(self) -> MachineSpeed:
         """Of this machine, measured when it is first asked for; that takes about a second."""
         return measure_speed(self.shape, self.load.dtype, self.device, self.load.window)
 

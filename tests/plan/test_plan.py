@@ -27,7 +27,7 @@ from ffgym.models.loading import DEMO_SIZES, config_of
 from ffgym.pipeline.plan import plan_run
 from ffgym.plan import counts
 from ffgym.plan.counts import PlannedStage
-from ffgym.plan.machine import Speed, free_memory, measure_speed
+from ffgym.plan.machine import MachineSpeed, free_memory, measure_speed
 from ffgym.plan.plan import Plan
 from ffgym.plan.shape import ModelShape, RunLoad, shape_of, skeleton_of
 from ffgym.plugins import manager
@@ -204,7 +204,7 @@ def test_advice_names_what_still_needs_too_much(eight_billion: ModelShape) -> No
 
 def test_seconds_follow_from_operations_and_speed() -> None:
     operations = counts.Operations(model=100.0, float32=10.0, float64=1.0)
-    assert Speed(model=10.0, float32=5.0, float64=1.0).seconds(operations) == 13.0
+    assert MachineSpeed(model=10.0, float32=5.0, float64=1.0).seconds(operations) == 13.0
 
 
 def test_the_speed_is_of_the_tokens_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
