@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import refuse_occupied
 from ffgym.export.format import OTHERWISE, Exported, ExportFormat
-from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
+from ffgym.export.tensors import EMBEDDING, OUTPUT, SavedWeights, read_checkpoint
 from ffgym.files import OUTPUT_OPTION, replacing
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
@@ -70,13 +70,13 @@ class NemotronNas(ExportFormat):
         """Write a folder of safetensors files, one a layer, with config and tokenizer."""
         place = target.expanduser().resolve()
         refuse_occupied(place, overwrite)
-        config, checkpoint = read_checkpoint(folder)
+        config, saved = read_checkpoint(folder)
         config.allow_global_per_layer_attribute_access = True  # the dense model's sizes
         with quiet(), replacing(place, OUTPUT_OPTION) as part:  # transformers warns wherever those sizes are read
-            _check(config, checkpoint)
+            _check(config, saved)
             layers = [_layer(index, config) for index in range(config.num_hidden_layers)]
             part.mkdir()
-            written = _write(part, config, layers, checkpoint, progress)
+            written = _write(part, config, layers, saved, progress)
             _write_config(part, config, layers)
             load_tokenizer(folder).save_pretrained(part)
             if (folder / "generation_config.json").is_file():
@@ -86,14 +86,14 @@ class NemotronNas(ExportFormat):
             bytes=sum(file.stat().st_size for file in place.glob("*.safetensors")),
             parameters=written,
             architecture=self.name,
-            dtype=checkpoint.dtype(EMBEDDING).lower(),
+            dtype=saved.dtype(EMBEDDING).lower(),
             notes=tuple(_notes(layers)),
             run=f"python -m mlx_lm generate --model {shlex.quote(str(place))} {TRY}",
             needs="pip install mlx-lm, on Linux 'mlx[cpu]' as well",
         )
 
 
-def _check(config: Any, checkpoint: Checkpoint) -> None:
+def _check(config: Any, saved: SavedWeights) -> None:
     """Refuse what the format cannot represent."""
     family = family_of_type(str(config.model_type))
     head_dim = family.head_dim(config)
@@ -107,7 +107,7 @@ def _check(config: Any, checkpoint: Checkpoint) -> None:
         reason = f"the format has no rotary embeddings of type {rope!r}"
     elif window and window < config.max_position_embeddings:
         reason = f"the format attends to everything, and this model to {window:,} tokens"
-    elif bias := next((name for name in checkpoint.left if name.endswith(".bias")), None):
+    elif bias := next((name for name in saved.left if name.endswith(".bias")), None):
         reason = f"the format has no bias in a layer, and this model has {bias}"
     else:
         return
@@ -149,11 +149,11 @@ def _layer(index: int, config: Any) -> _Layer:
     return _Layer(tuple(linears), kept, block)
 
 
-def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoint, progress: OnStep) -> int:
+def _write(folder: Path, config: Any, layers: list[_Layer], saved: SavedWeights, progress: OnStep) -> int:
     """Write the weights, a file a layer and one for the rest; returns how many numbers they are."""
     count, places, written = len(layers) + 1, dict[str, str](), 0
     progress(0, count)
-    for number, tensors in enumerate((_ends(config, checkpoint), *(_read(layer, checkpoint) for layer in layers)), 1):
+    for number, tensors in enumerate((_ends(config, saved), *(_read(layer, saved) for layer in layers)), 1):
         name = f"model-{number:05}-of-{count:05}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
@@ -164,18 +164,18 @@ def _write(folder: Path, config: Any, layers: list[_Layer], checkpoint: Checkpoi
     return written
 
 
-def _ends(config: Any, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def _ends(config: Any, saved: SavedWeights) -> dict[str, torch.Tensor]:
     shape = (config.vocab_size, config.hidden_size)
     shapes = {EMBEDDING: shape, NORM: (config.hidden_size,)}
     if not config.tie_word_embeddings:
         shapes[OUTPUT] = shape
-    return {name: checkpoint.take(name, size)() for name, size in shapes.items()}
+    return {name: saved.take(name, size)() for name, size in shapes.items()}
 
 
-def _read(layer: _Layer, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    weights = {each.name: each.fill(checkpoint.take(each.name, each.shape)()) for each in layer.linears}
+def _read(layer: _Layer, saved: SavedWeights) -> dict[str, torch.Tensor]:
+    weights = {each.name: each.fill(saved.take(each.name, each.shape)()) for each in layer.linears}
     hidden = layer.linears[0].shape[1] if layer.linears else 0
-    return weights | {name: checkpoint.take(name, (hidden,))() for name in layer.norms}
+    return weights | {name: saved.take(name, (hidden,))() for name in layer.norms}
 
 
 def _write_config(folder: Path, config: Any, layers: list[_Layer]) -> None:

@@ -17,15 +17,15 @@ FLOATS = ("F32", "F16", "BF16")  # safetensors' names
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def read_checkpoint(folder: Path) -> tuple[Any, Checkpoint]:
+def read_checkpoint(folder: Path) -> tuple[Any, SavedWeights]:
     """The config and the tensors of a saved model. Its ``tie_word_embeddings`` is what the weights say."""
-    config, checkpoint = load_config(folder), Checkpoint(folder)
-    if config.tie_word_embeddings and checkpoint.differ(EMBEDDING, OUTPUT):  # then transformers uses both
+    config, saved = load_config(folder), SavedWeights(folder)
+    if config.tie_word_embeddings and saved.differ(EMBEDDING, OUTPUT):  # then transformers uses both
         config.tie_word_embeddings = False
-    return config, checkpoint
+    return config, saved
 
 
-class Checkpoint:
+class SavedWeights:
     """The tensors of a folder's safetensors files, read one at a time.
 
     Raises:

@@ -20,7 +20,7 @@ from ffgym.errors import ModelError
 from ffgym.export.format import OTHERWISE, Exported, ExportFormat
 from ffgym.export.gguf.architectures import Architecture, Contents, choose_architecture, read_contents
 from ffgym.export.gguf.vocabulary import Vocabulary, read_vocabulary
-from ffgym.export.tensors import EMBEDDING, OUTPUT, Checkpoint, read_checkpoint
+from ffgym.export.tensors import EMBEDDING, OUTPUT, SavedWeights, read_checkpoint
 from ffgym.files import FileFormat, check_file, replacing
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import AGAIN
@@ -84,18 +84,18 @@ class Gguf(ExportFormat):
                 hint=f"{near}Use one of {', '.join(DTYPES)}; for fewer bits, quantise an f16 file with llama-quantize.",
             )
         check_file(place, [".gguf"], overwrite=overwrite)
-        config, checkpoint = read_checkpoint(folder)
-        contents = read_contents(config, checkpoint)
+        config, saved = read_checkpoint(folder)
+        contents = read_contents(config, saved)
         architecture = choose_architecture(contents)
-        tensors = list(_tensors(architecture, contents, checkpoint))
-        if left := [name for name in checkpoint.left if not name.endswith("rotary_emb.inv_freq")]:
+        tensors = list(_tensors(architecture, contents, saved))
+        if left := [name for name in saved.left if not name.endswith("rotary_emb.inv_freq")]:
             raise ModelError(
                 f"a GGUF file of architecture {architecture.name} has no place for {left[0]}"
                 + (f" and {len(left) - 1} more tensors" if len(left) > 1 else ""),
                 hint=OTHERWISE,
             )
         vocabulary = read_vocabulary(load_tokenizer(folder), config.vocab_size, _ends(folder))
-        chosen = dtype or checkpoint.dtype(EMBEDDING).lower()
+        chosen = dtype or saved.dtype(EMBEDDING).lower()
         with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
             _add_metadata(writer, architecture, contents, vocabulary, name=place.stem, dtype=chosen)
             _write(writer, tensors, chosen, progress)
@@ -143,20 +143,20 @@ def _notes(architecture: Architecture, contents: Contents) -> Iterator[str]:
 # --- the tensors ------------------------------------------------------------------------------------------------------
 
 
-def _tensors(architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+def _tensors(architecture: Architecture, contents: Contents, saved: SavedWeights) -> Iterator[Tensor]:
     """Every tensor of the file, in the order of the layers."""
     hidden, rows = contents.config.hidden_size, contents.config.vocab_size
-    yield _tensor(MODEL_TENSOR.TOKEN_EMBD, (rows, hidden), checkpoint.take(EMBEDDING, (rows, hidden)))
+    yield _tensor(MODEL_TENSOR.TOKEN_EMBD, (rows, hidden), saved.take(EMBEDDING, (rows, hidden)))
     if contents.config.tie_word_embeddings:
-        checkpoint.drop(OUTPUT)
+        saved.drop(OUTPUT)
     else:
-        yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), checkpoint.take(OUTPUT, (rows, hidden)))
-    yield _norm(MODEL_TENSOR.OUTPUT_NORM, "model.norm", hidden, architecture, checkpoint)
+        yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), saved.take(OUTPUT, (rows, hidden)))
+    yield _norm(MODEL_TENSOR.OUTPUT_NORM, "model.norm", hidden, architecture, saved)
     if contents.rope["rope_type"] == "llama3":
         yield _tensor(MODEL_TENSOR.ROPE_FREQS, (contents.head_dim // 2,), lambda: _rope_factors(contents))
     for index in range(len(contents.layers)):
-        yield from _attention(index, architecture, contents, checkpoint)
-        yield from _mlp(index, architecture, contents, checkpoint)
+        yield from _attention(index, architecture, contents, saved)
+        yield from _mlp(index, architecture, contents, saved)
 
 
 def _tensor(
@@ -167,21 +167,21 @@ def _tensor(
 
 
 def _norm(
-    kind: MODEL_TENSOR, name: str, size: int, architecture: Architecture, checkpoint: Checkpoint, layer: int = 0
+    kind: MODEL_TENSOR, name: str, size: int, architecture: Architecture, saved: SavedWeights, layer: int = 0
 ) -> Tensor:
-    read = checkpoint.take(f"{name}.weight", (size,))
+    read = saved.take(f"{name}.weight", (size,))
     shift = architecture.norm_shift
     return _tensor(kind, (size,), (lambda: read().float() + shift) if shift else read, layer=layer)
 
 
-def _attention(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+def _attention(index: int, architecture: Architecture, contents: Contents, saved: SavedWeights) -> Iterator[Tensor]:
     where, layer = f"model.layers.{index}", contents.layers[index]
     if not layer.heads:  # its remaining tensors belong to the MLP before it
-        checkpoint.drop(f"{where}.input_layernorm.weight")
-        checkpoint.drop(f"{where}.self_attn.bias")
+        saved.drop(f"{where}.input_layernorm.weight")
+        saved.drop(f"{where}.self_attn.bias")
         return
     hidden, head_dim = contents.config.hidden_size, contents.head_dim
-    yield _norm(MODEL_TENSOR.ATTN_NORM, f"{where}.input_layernorm", hidden, architecture, checkpoint, index)
+    yield _norm(MODEL_TENSOR.ATTN_NORM, f"{where}.input_layernorm", hidden, architecture, saved, index)
     heads = {"q_proj": layer.heads, "k_proj": layer.kv_heads, "v_proj": layer.kv_heads}
     kinds = {"q_proj": MODEL_TENSOR.ATTN_Q, "k_proj": MODEL_TENSOR.ATTN_K, "v_proj": MODEL_TENSOR.ATTN_V}
     weights = []
@@ -190,21 +190,21 @@ def _attention(index: int, architecture: Architecture, contents: Contents, check
         rows = heads[name] * head_dim
         for part, shape in (("weight", (rows, hidden)), ("bias", (rows,))):
             full_name = f"{where}.self_attn.{name}.{part}"
-            if part == "weight" or full_name in checkpoint:
-                read = checkpoint.take(full_name, shape)
+            if part == "weight" or full_name in saved:
+                read = saved.take(full_name, shape)
                 read = _neighbours(read, heads[name]) if rotated else read
                 weights.append(_tensor(kind, shape, read, layer=index, bias=part == "bias"))
     yield from [_stacked(weights, index)] if architecture.fused else weights
     for name, kind in (("q_norm", MODEL_TENSOR.ATTN_Q_NORM), ("k_norm", MODEL_TENSOR.ATTN_K_NORM)):
-        if f"{where}.self_attn.{name}.weight" in checkpoint:
-            yield _norm(kind, f"{where}.self_attn.{name}", head_dim, architecture, checkpoint, index)
+        if f"{where}.self_attn.{name}.weight" in saved:
+            yield _norm(kind, f"{where}.self_attn.{name}", head_dim, architecture, saved, index)
     if architecture.post_norms:
         norm = f"{where}.post_attention_layernorm"
-        yield _norm(MODEL_TENSOR.ATTN_POST_NORM, norm, hidden, architecture, checkpoint, index)
+        yield _norm(MODEL_TENSOR.ATTN_POST_NORM, norm, hidden, architecture, saved, index)
     consumer, shape = f"{where}.self_attn.o_proj", (hidden, layer.heads * head_dim)
-    yield _tensor(MODEL_TENSOR.ATTN_OUT, shape, checkpoint.take(f"{consumer}.weight", shape), layer=index)
-    if f"{consumer}.bias" in checkpoint:
-        read = checkpoint.take(f"{consumer}.bias", (hidden,))
+    yield _tensor(MODEL_TENSOR.ATTN_OUT, shape, saved.take(f"{consumer}.weight", shape), layer=index)
+    if f"{consumer}.bias" in saved:
+        read = saved.take(f"{consumer}.bias", (hidden,))
         yield _tensor(MODEL_TENSOR.ATTN_OUT, (hidden,), read, layer=index, bias=True)
 
 
@@ -214,13 +214,13 @@ def _stacked(weights: Sequence[Tensor], layer: int) -> Tensor:
     return _tensor(MODEL_TENSOR.ATTN_QKV, shape, lambda: torch.cat([weight.read() for weight in weights]), layer=layer)
 
 
-def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint: Checkpoint) -> Iterator[Tensor]:
+def _mlp(index: int, architecture: Architecture, contents: Contents, saved: SavedWeights) -> Iterator[Tensor]:
     where, layer, hidden = f"model.layers.{index}", contents.layers[index], contents.config.hidden_size
     before = "pre_feedforward_layernorm" if architecture.post_norms else "post_attention_layernorm"
-    yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.{before}", hidden, architecture, checkpoint, index)
+    yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.{before}", hidden, architecture, saved, index)
     if architecture.post_norms:
         norm = f"{where}.post_feedforward_layernorm"
-        yield _norm(MODEL_TENSOR.FFN_POST_NORM, norm, hidden, architecture, checkpoint, index)
+        yield _norm(MODEL_TENSOR.FFN_POST_NORM, norm, hidden, architecture, saved, index)
     channels = layer.written_channels
     linears = {
         "gate_proj": (MODEL_TENSOR.FFN_GATE, (channels, hidden)),
@@ -229,13 +229,13 @@ def _mlp(index: int, architecture: Architecture, contents: Contents, checkpoint:
     }
     for name, (kind, shape) in linears.items():
         linear = f"{where}.mlp.{name}"
-        weight = checkpoint.take(f"{linear}.weight", shape) if layer.channels else partial(torch.zeros, shape)
+        weight = saved.take(f"{linear}.weight", shape) if layer.channels else partial(torch.zeros, shape)
         yield _tensor(kind, shape, weight, layer=index)
-        if name != "down_proj" and layer.channels and f"{linear}.bias" in checkpoint:
-            read = checkpoint.take(f"{linear}.bias", (channels,))
+        if name != "down_proj" and layer.channels and f"{linear}.bias" in saved:
+            read = saved.take(f"{linear}.bias", (channels,))
             yield _tensor(kind, (channels,), read, layer=index, bias=True)
     if names := contents.shifts(index):
-        reads = [checkpoint.take(name, (hidden,)) for name in names]
+        reads = [saved.take(name, (hidden,)) for name in names]
         yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), lambda: _sum(reads), layer=index, bias=True)
 
 
