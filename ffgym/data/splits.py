@@ -38,7 +38,7 @@ MOST_REPEATED = 0.1
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitPart:
     """What a split has of one corpus."""
 
     corpus: Corpus
@@ -58,7 +58,7 @@ class Split:
 
     text: str  # what it is made of: "demo:c4", or "75% demo:c4 + 25% mine.txt"
     role: Role  # "calibration", "search" or "report"
-    parts: tuple[Part, ...]  # what it has of each corpus
+    parts: tuple[SplitPart, ...]  # what it has of each corpus
     # token ids, shape (windows, window), int64. Each window predicts window - 1 tokens.
     windows: torch.Tensor = field(repr=False)
     digest: str  # sha256 of the windows: their shape, then the ids row by row
@@ -119,7 +119,7 @@ def make_splits(
         for place, (corpus, share) in enumerate(zip(loaded[role], shares(corpora[role]).values(), strict=True))
     ]
     _check_named_once(demands)
-    parts: dict[Role, dict[str, Part]] = {role: {} for role in ROLES}  # by the digest of the text
+    parts: dict[Role, dict[str, SplitPart]] = {role: {} for role in ROLES}  # by the digest of the text
     added: Bos = bos if adds_bos(tokenizer) else "none"
     firsts: dict[str, Role] = {}
     for digest in dict.fromkeys(demand.corpus.digest for demand in demands):
@@ -127,7 +127,9 @@ def make_splits(
         firsts[digest] = of_it[0].role
         windows = _cut_windows(of_it, window, tokenizer, added)
         for demand in of_it:
-            parts[demand.role][digest] = Part(demand.corpus, demand.share, windows[: demand.count], added == "every")
+            parts[demand.role][digest] = SplitPart(
+                demand.corpus, demand.share, windows[: demand.count], added == "every"
+            )
             windows = windows[demand.count :]
 
     def split(role: Role) -> Split:

