@@ -23,7 +23,7 @@ from ffgym.costs.size import SizeMeter
 from ffgym.costs.sublayer_times import REPETITIONS, processor, threads_of
 from ffgym.costs.timing import computing_threads
 from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
-from ffgym.measure.memory import Job, measure_memory
+from ffgym.measure.memory import MemoryProbe, measure_memory
 from ffgym.measure.pairs import units_kept
 from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
 from ffgym.measure.table import Footprint, Measurement
@@ -175,8 +175,8 @@ def _with_memory(
     measured = {}
     with reporter.stage("peak memory, each alone", len(models)) as stage:
         for role, (name, revision) in models.items():
-            job = Job(name, revision, found.dtype, options.device, torch.get_num_threads(), batch, length)
-            measured[role] = measure_memory(job)
+            probe = MemoryProbe(name, revision, found.dtype, options.device, torch.get_num_threads(), batch, length)
+            measured[role] = measure_memory(probe)
             stage.advance()
     return replace(
         found,

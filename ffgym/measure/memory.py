@@ -1,7 +1,7 @@
 """Peak memory of a model at work, measured in a fresh process of its own.
 
 In a process that has held other models before, an allocator keeps what it has once been given, and the figure says
-more about the past than about the model. ``python -m ffgym.measure.memory JOB`` is that process: it takes a job as
+more about the past than about the model. ``python -m ffgym.measure.memory PROBE`` is that process: it takes a probe as
 JSON and prints what it measured as JSON.
 """
 
@@ -27,7 +27,7 @@ CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
-class Job:
+class MemoryProbe:
     """What the process does: `load` a model, prefill ``batch`` prompts of ``length`` tokens, decode a few tokens."""
 
     name: str
@@ -62,8 +62,8 @@ class Memory:
         return self.peak - self.before
 
 
-def measure_memory(job: Job) -> Memory | None:
-    """Run a job in a fresh process.
+def measure_memory(probe: MemoryProbe) -> Memory | None:
+    """Run a probe in a fresh process.
 
     Returns:
         ``None`` on systems that do not say what a process needs.
@@ -71,7 +71,7 @@ def measure_memory(job: Job) -> Memory | None:
     Raises:
         ModelError: the process died, e.g. because memory ran out.
     """
-    command = [sys.executable, "-m", "ffgym.measure.memory", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "ffgym.measure.memory", json.dumps(asdict(probe))]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
@@ -81,15 +81,15 @@ def measure_memory(job: Job) -> Memory | None:
         else:
             reason = said[-1] if said else f"it ended with exit status {done.returncode}"
         raise ModelError(
-            f"the process that measures the memory of {job.name!r} failed: {reason}",
+            f"the process that measures the memory of {probe.name!r} failed: {reason}",
             hint="It may have run out of memory: use smaller --batch-sizes or --prompt-lengths.",
         )
     measured = json.loads(lines[-1])
     return None if measured is None else Memory(**measured)
 
 
-def _run(job: Job) -> Memory | None:
-    """Do the job in this process, which has done nothing else."""
+def _run(probe: MemoryProbe) -> Memory | None:
+    """Run the probe in this process, which has done nothing else."""
     import torch
 
     import ffgym.models  # noqa: F401 - its memory counts as taken before loading
@@ -97,10 +97,10 @@ def _run(job: Job) -> Memory | None:
     from ffgym.models.loading import load
     from ffgym.models.placement import devices_of
 
-    torch.set_num_threads(job.threads)
+    torch.set_num_threads(probe.threads)
     process = psutil.Process()
     before = int(process.memory_info().rss)
-    loaded = load(job.name, revision=job.revision, dtype=job.dtype, device=job.device)
+    loaded = load(probe.name, revision=probe.revision, dtype=probe.dtype, device=probe.device)
     generate(loaded.model, prompt(loaded.model, Workload(1, 1)))
     _release()
     if loaded.device.type == "cuda":
@@ -108,13 +108,13 @@ def _run(job: Job) -> Memory | None:
         held = sum(torch.cuda.memory_allocated(device) for device in devices)
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
-        generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
+        generate(loaded.model, prompt(loaded.model, Workload(probe.batch, probe.length)))
         return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices), False)
     if loaded.device.type != "cpu":
         return None  # resident memory says nothing of memory on an accelerator
     settled = int(process.memory_info().rss)
     with_loading = not _forget_peak()
-    generate(loaded.model, prompt(loaded.model, Workload(job.batch, job.length)))
+    generate(loaded.model, prompt(loaded.model, Workload(probe.batch, probe.length)))
     return Memory("resident", before, settled, _peak(), with_loading)
 
 
@@ -154,7 +154,7 @@ def _high_water() -> int | None:
 
 if __name__ == "__main__":
     try:
-        outcome = _run(Job(**json.loads(sys.argv[1])))
+        outcome = _run(MemoryProbe(**json.loads(sys.argv[1])))
     except FFGymError as failed:
         sys.exit(failed.message)  # the parent reads one line
     print(json.dumps(None if outcome is None else asdict(outcome)))

@@ -15,7 +15,7 @@ import ffgym.measure.speed  # noqa: F401 - it keeps what it imports, and must no
 from ffgym.errors import ModelError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.measure import memory
-from ffgym.measure.memory import Job, Memory, measure_memory
+from ffgym.measure.memory import Memory, MemoryProbe, measure_memory
 from ffgym.models import loading, placement
 from ffgym.models.cut import PrunableModel
 
@@ -23,13 +23,13 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def job():
-    return Job(str(glass_home() / "glass"), None, "float32", "cpu", threads=1, batch=2, length=32)
+def probe():
+    return MemoryProbe(str(glass_home() / "glass"), None, "float32", "cpu", threads=1, batch=2, length=32)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says what is resident")
 def test_a_fresh_process_measures_itself_and_a_pruned_model_takes_what_its_parameters_say(
-    job, tmp_path, word_tokenizer
+    probe, tmp_path, word_tokenizer
 ):
     """Large enough (50 MB of MLPs, an eighth of which stays) for the system's pages not to matter."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -45,7 +45,7 @@ def test_a_fresh_process_measures_itself_and_a_pruned_model_takes_what_its_param
         folder = tmp_path / name
         saved = save_pruned(prunable, word_tokenizer, folder)
         parameters[name] = saved.parameters
-        found[name] = measure_memory(replace(job, name=str(folder)))
+        found[name] = measure_memory(replace(probe, name=str(folder)))
         shutil.rmtree(folder)
         assert found[name].kind == "resident"
         assert 0 < found[name].before < found[name].loaded <= found[name].peak < len(hoard)
@@ -57,42 +57,42 @@ def test_a_fresh_process_measures_itself_and_a_pruned_model_takes_what_its_param
     assert found["dense"].net_peak - found["pruned"].net_peak == pytest.approx(said, rel=0.25)
 
 
-def test_a_process_that_fails_is_an_error(job):
+def test_a_process_that_fails_is_an_error(probe):
     with pytest.raises(ModelError, match=r"memory of 'no/such/folder' failed: .*no/such/folder") as raised:
-        measure_memory(replace(job, name="no/such/folder"))
+        measure_memory(replace(probe, name="no/such/folder"))
     assert "Check the path" not in raised.value.message, "the reason, not its hint"
     assert "--batch-sizes" in raised.value.hint
 
 
-def test_a_process_that_is_killed_is_an_error(job, monkeypatch):
+def test_a_process_that_is_killed_is_an_error(probe, monkeypatch):
     killed = subprocess.CompletedProcess([], -9, "", "warnings.warn('something harmless')")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: killed)
     with pytest.raises(ModelError, match="failed: it was ended by signal 9"):
-        measure_memory(job)
+        measure_memory(probe)
 
 
-def test_a_system_that_does_not_say_is_no_figure(job, monkeypatch):
+def test_a_system_that_does_not_say_is_no_figure(probe, monkeypatch):
     silent = subprocess.CompletedProcess([], 0, "a library talks\nnull\n", "")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: silent)
-    assert measure_memory(job) is None
+    assert measure_memory(probe) is None
 
 
-def test_on_several_gpus_it_is_their_sum(job, monkeypatch):
+def test_on_several_gpus_it_is_their_sum(probe, monkeypatch):
     real, places = loading.load, (CUDA, torch.device("cuda", 1))
     monkeypatch.setattr(loading, "load", lambda *args, **options: replace(real(*args, **options), device=CUDA))
     monkeypatch.setattr(placement, "devices_of", lambda model: set(places))
     monkeypatch.setattr(torch.cuda, "memory_allocated", dict(zip(places, (300, 200), strict=True)).get)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", dict(zip(places, (500, 400), strict=True)).get)
-    assert memory._run(job) == Memory("cuda", before=0, loaded=500, peak=900, with_loading=False)
+    assert memory._run(probe) == Memory("cuda", before=0, loaded=500, peak=900, with_loading=False)
 
 
-def test_of_other_accelerators_there_is_no_figure(job, monkeypatch):
+def test_of_other_accelerators_there_is_no_figure(probe, monkeypatch):
     real = loading.load
     monkeypatch.setattr(
         loading, "load", lambda *args, **options: replace(real(*args, **options), device=torch.device("mps"))
     )
-    assert memory._run(job) is None
+    assert memory._run(probe) is None
 
 
 class TestOffLinux:
@@ -103,8 +103,8 @@ class TestOffLinux:
         monkeypatch.setattr(memory, "STATUS", tmp_path / "nothing" / "status")
         monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
 
-    def test_the_peak_is_that_of_the_whole_process(self, job):
-        found = memory._run(job)
+    def test_the_peak_is_that_of_the_whole_process(self, probe):
+        found = memory._run(probe)
         assert isinstance(found, Memory)
         assert found.with_loading
         assert 0 < found.before < found.loaded <= found.peak
