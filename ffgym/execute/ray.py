@@ -268,8 +268,8 @@ def _start(ray: Any, options: dict[str, Any], notify: Callable[[str], None]) -> 
             _clear(ray, earlier)
             is_long = "AF_UNIX path length" in str(error)
             if attempt == ATTEMPTS or is_long:
-                hint = "If the machine is very busy, run it again later; or leave --workers out."
-                hint = "TMPDIR is too long for Ray's sockets: set RAY_TMPDIR=/tmp." if is_long else hint
+                busy = "If the machine is very busy, run it again later; or leave --workers out."
+                hint = "TMPDIR is too long for Ray's sockets: set RAY_TMPDIR=/tmp." if is_long else busy
                 raise WorkerError(f"Ray did not start on this machine: {first_line(error)}", hint=hint) from error
             notify(f"Ray did not start ({first_line(error)}): trying again")
 

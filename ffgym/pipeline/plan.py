@@ -12,9 +12,9 @@ from ffgym.evaluation.evaluator import DIVERGENCES
 from ffgym.evaluation.known import KnownLosses
 from ffgym.pipeline.compare import asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
+from ffgym.pipeline.task import needs_of
 from ffgym.plan.plan import Plan
-from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent, Heuristic
+from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING, make_reward, settings_of
 from ffgym.prepare.planning import placed, plan_of
 from ffgym.prepare.store import made_under
@@ -31,8 +31,7 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         ModelError: the model's architecture is not supported, or its config is missing or damaged.
     """
     search, window = config.search, config.data.window
-    rules: list[Heuristic] = [manager.create("heuristic", *rule) for rule in asked_rules(config)]
-    needs = frozenset[str]().union(*(rule.needs for rule in rules))
+    needs = needs_of(asked_rules(config))
     plan = plan_of(config, needs)
     if config.prune.resource == "params":  # other resources need the model itself
         prune = config.prune

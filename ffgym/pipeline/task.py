@@ -77,6 +77,12 @@ class Task:
         return self._asked[key]
 
 
+def needs_of(heuristics: Sequence[tuple[str, JSONDict]]) -> frozenset[str]:
+    """Statistics that heuristics need which have these names and options."""
+    rules: list[Heuristic] = [manager.create("heuristic", name, options) for name, options in heuristics]
+    return frozenset[str]().union(*(rule.needs for rule in rules))
+
+
 def open_task(
     config: RunConfig,
     heuristics: Sequence[tuple[str, JSONDict]],
@@ -95,8 +101,7 @@ def open_task(
     with reporter.stage(LOADING, 1):
         loaded, splits = load_parts(config)
     reporter.print(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
-    rules: list[Heuristic] = [manager.create("heuristic", name, options) for name, options in heuristics]
-    needs = frozenset[str]().union(*(rule.needs for rule in rules))
+    needs = needs_of(heuristics)
     costs = _costs(config, loaded.model, reporter, recorded)
     budget = make_budget(config, loaded.model, costs)
     prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 from typing import Any, Literal, NamedTuple
 
-PluginKind = (
-    Literal["agent", "criterion", "heuristic", "reward"]
-    | Literal["calibration", "corpus", "export", "family", "metric", "recovery", "resource"]
-)
+PluginKind = Literal[
+    "agent", "calibration", "corpus", "criterion", "export", "family", "heuristic", "metric", "recovery", "resource",
+    "reward",
+]  # fmt: skip
 
 
 class Kind(NamedTuple):
