@@ -1,4 +1,4 @@
-"""Ctrl-C: it waits for the end of what must not be left half done, and it is never lost."""
+"""What a process has once for all its threads: Ctrl-C, which waits and is never lost, and changes that several make."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -74,6 +74,31 @@ def interruptible() -> Iterator[None]:
         sys.unraisablehook = said
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def shared_by_threads(change: Callable[[], AbstractContextManager[None]]) -> Callable[[], AbstractContextManager[None]]:
+    """Make a change of the process as the first thread enters its block, and undo it as the last one leaves.
+
+    Each thread that restored what it had found would leave the change of another one behind.
+    """
+    lock, undo, inside = threading.Lock(), ExitStack(), 0
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        nonlocal inside
+        with lock:
+            if not inside:
+                undo.enter_context(change())
+            inside += 1
+        try:
+            yield
+        finally:
+            with lock:
+                inside -= 1
+                if not inside:
+                    undo.close()
+
+    return block
 
 
 def _without_terminal(number: int, frame: FrameType | None) -> None:

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from ffgym.interrupts import held_back_interrupts, interruptible
+from ffgym.interrupts import held_back_interrupts, interruptible, shared_by_threads
 
 
 def interrupt() -> None:
@@ -65,6 +67,36 @@ def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_what_several_threads_change_of_a_process_is_undone_as_the_last_one_leaves() -> None:
+    changed, states = {"muted": False}, []
+
+    @shared_by_threads
+    @contextmanager
+    def muted() -> Iterator[None]:
+        before = changed["muted"]
+        changed["muted"] = True
+        try:
+            yield
+        finally:
+            changed["muted"] = before
+
+    def longer(inside: threading.Event, alone: threading.Event) -> None:
+        with muted():
+            inside.set()
+            alone.wait(10)
+            states.append(changed["muted"])
+
+    inside, alone = threading.Event(), threading.Event()
+    other = threading.Thread(target=longer, args=(inside, alone))
+    with muted():
+        other.start()
+        inside.wait(10)
+    alone.set()
+    other.join()
+    assert states == [True]
+    assert not changed["muted"]
 
 
 class Referred:

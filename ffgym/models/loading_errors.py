@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ffgym.errors import ModelError, first_line, is_out_of_memory
+from ffgym.interrupts import shared_by_threads
 from ffgym.plugins.architectures import MODEL_CONFIG
 
 AGAIN = MODEL_CONFIG.hint
@@ -115,6 +116,7 @@ def misfit(name: str, what: str) -> ModelError:
     )
 
 
+@shared_by_threads
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' bars and warnings off the terminal; what matters of them is an error here."""

@@ -39,6 +39,7 @@ from ffgym.plan import counts
 from ffgym.plan.plan import Plan
 from ffgym.prepare.configured import namesakes
 from ffgym.prepare.parts import check_measurements, check_texts
+from ffgym.prepare.store import check_store_folder
 from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.recover.text import gather
 from ffgym.report.progress import Reporter
@@ -103,6 +104,7 @@ def run(
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     check_weights(config.model.name)
     check_texts(config.data)
+    check_store_folder()
     if resume is None:
         check_output(config)  # again when it is claimed; before that, starting Ray would take a minute
         check_measurements(config)  # a resumed run has its own latency table

@@ -82,6 +82,15 @@ def is_stored(criterion: Criterion, calibration: str) -> bool:
     return size_limit() > 0 and is_readable and has_ridge_path(calibration_class(calibration))
 
 
+def check_store_folder() -> None:
+    """Raise ``OutputError`` where the folder that prepared models are kept in cannot be made."""
+    if not size_limit():
+        return
+    folder = cache_dir() / KIND
+    with writing(folder, f"{OTHER_CACHE}, or keep nothing with FFGYM_CACHE_SIZE=0"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def weights_digest(model: Any, stream: LayerStream | None = None) -> str:
     """SHA-256 of a model's weights, as it was loaded, its units not yet in order.
 
@@ -244,7 +253,7 @@ def _locked(place: Path, notify: Notify) -> Iterator[OSError | None]:
     with ExitStack() as stack:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            said = "another process prepares the same model: waiting for it"
+            said = "another run prepares the same model: waiting for it"
             stack.enter_context(exclusive_lock(lock_of(place), waiting=lambda: notify(said)))
         except OSError as error:
             refused = error

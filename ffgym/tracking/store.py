@@ -13,12 +13,13 @@ import logging
 import os
 import re
 import sqlite3
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ffgym.errors import TrackingError
-from ffgym.interrupts import held_back_interrupts
+from ffgym.interrupts import held_back_interrupts, shared_by_threads
 from ffgym.tracking.masking import masked, shown
 
 DESCRIPTION_TAG = "mlflow.note.content"
@@ -170,8 +171,11 @@ def import_mlflow() -> Any:
 
 def import_store() -> None:
     """Import what MLflow imports to open a database: it takes seconds, and other runs should not have to wait."""
-    import alembic.command  # noqa: F401
-    import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+    with warnings.catch_warnings():
+        # MLflow uses what SQLAlchemy deprecates, which is an error where warnings are.
+        warnings.simplefilter("ignore")
+        import alembic.command  # noqa: F401
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def require_writable(root: Path) -> None:
@@ -235,15 +239,23 @@ def translated(uri: str, action: str, instead: str = INSTEAD) -> Iterator[None]:
         instead: what to do where the store stays as it is.
     """
     import_mlflow()  # sets log levels itself, so it comes first
-    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        yield
+        with _mute():
+            yield
     except _store_errors() as error:
         reason = _reason(error, uri)
         raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason, instead)) from error
+
+
+@shared_by_threads
+@contextlib.contextmanager
+def _mute() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("mlflow", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -707,6 +707,20 @@ def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, place: str) -> 
 # bad input: before anything is loaded or measured
 
 
+def test_a_cache_that_cannot_be_made_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = glass_config(tmp_path / "run")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv("FFGYM_CACHE_SIZE", "1GB")
+    with pytest.raises(OutputError, match=r"cannot write .*prepared: Not a directory") as raised:
+        finish(config)
+    assert "FFGYM_CACHE_SIZE=0" in raised.value.hint
+    assert "load model" not in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("table", "value", "near"),
     [
