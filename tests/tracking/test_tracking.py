@@ -305,8 +305,8 @@ def test_runs_that_start_at_once_make_a_store_together_without_a_word(tmp_path, 
     here, marks = tmp_path / "here", (tmp_path / "one", tmp_path / "other")
     here.mkdir()
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": here}
-    both = [
-        subprocess.Popen([sys.executable, "-c", ONE_OF_TWO, here / "new", *own], **options)
+    both = [  # with warnings as errors, as some projects run their tests: MLflow uses what SQLAlchemy deprecates
+        subprocess.Popen([sys.executable, "-W", "error", "-c", ONE_OF_TWO, here / "new", *own], **options)
         for own in (marks, marks[::-1])
     ]
     try:
