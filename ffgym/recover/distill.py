@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,8 +25,6 @@ from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import arguments_of
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
-from ffgym.report.figures import BLUE, ORANGE
-from ffgym.types import JSONDict
 
 Weights = dict[str, torch.Tensor]
 
@@ -75,18 +72,6 @@ class DistilMLP(Recovery):
             kept="the trained weights were kept",
             curve={"layers": [asdict(fit) for fit in fits]},
         )
-
-    def draw(self, axes: Any, curve: JSONDict) -> None:
-        """Each MLP's error on held-out text before and after training, over depth."""
-        layers = [fit["layer"] for fit in curve["layers"]]
-        for key, colour in (("before", ORANGE), ("after", BLUE)):
-            errors = [fit[key] for fit in curve["layers"]]
-            axes.plot(layers, errors, color=colour, marker="o", markersize=4, label=key)
-        axes.set_xlabel("decoder layer (0 = next to the embedding)")
-        axes.set_ylabel("error of the MLP's output\n(share of its energy, held-out text)")
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_title("Each MLP against the dense one, given the pruned model's states", loc="left")
 
 
 def steps_of(setup: TrainingSetup) -> int:

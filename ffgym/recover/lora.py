@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -27,13 +26,10 @@ from ffgym.plugins.bases import PluginConfig
 from ffgym.recover.checkpoint import random_state, set_random_state
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
-from ffgym.report.figures import BLUE, GREEN, ORANGE
-from ffgym.types import JSONDict
 
 ADAPTER = "default"
 PART = "lora"
 TOKENS_PER_PASS = 2048  # the logits of one pass, and their gradient, are held in float32
-SMOOTHED = 8  # steps that the strong line of the training loss averages
 
 
 @dataclass
@@ -88,25 +84,6 @@ class Lora(Recovery):
             kept=f"the adapters of step {curve.chosen} were merged" if curve.chosen else "the weights are as they were",
             curve=asdict(curve),
         )
-
-    def draw(self, axes: Any, curve: JSONDict) -> None:
-        """Training loss of every step, held-out loss, and the step whose adapters were merged."""
-        train, held_out, chosen = curve["train"], curve["held_out"], curve["chosen"]
-        steps = np.arange(len(train))
-        axes.plot(steps, train, color=BLUE, alpha=0.25, linewidth=1)
-        if len(train) >= SMOOTHED:
-            means = np.convolve(train, np.ones(SMOOTHED) / SMOOTHED, mode="valid")
-            axes.plot(steps[SMOOTHED - 1 :], means, color=BLUE, label=f"training text, mean of {SMOOTHED} steps")
-        else:
-            axes.lines[0].set_label("training text")
-        axes.plot(
-            *zip(*held_out, strict=True), color=ORANGE, marker="o", markersize=4, label="held-out text (search split)"
-        )
-        best = dict(held_out)[chosen]
-        axes.plot([chosen], [best], color=GREEN, marker="*", markersize=14, linestyle="", label=f"best: step {chosen}")
-        axes.set_xlabel("optimiser steps done")
-        axes.set_ylabel("loss (nats per token)")
-        axes.set_title(f"Held-out loss {held_out[0][1]:.3f} before, {best:.3f} after", loc="left")
 
 
 def batch_windows(setup: TrainingSetup) -> int:

@@ -65,7 +65,7 @@ class TrainingOutcome:
     Attributes:
         summary: a sentence that says what was done.
         kept: which weights the model has now, e.g. ``"the adapters of step 4 were merged"``.
-        curve: how training went, JSON: what ``recovery.json`` holds and ``draw`` draws, after the model was saved.
+        curve: how training went, JSON, for ``recovery.json``.
     """
 
     summary: str
@@ -96,10 +96,6 @@ class Recovery(Plugin, ABC):
         Ctrl-C may come at any moment: what is in ``setup.checkpoint`` by then is there when the same training is
         started again.
         """
-
-    @abstractmethod
-    def draw(self, axes: Any, curve: JSONDict) -> None:
-        """Draw how training went, with labels and a title, on matplotlib's ``Axes``."""
 
     @classmethod
     def check_installed(cls) -> None:

@@ -36,10 +36,9 @@ from ffgym.prepare import configured
 from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_recovery_output, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
-from ffgym.recover.result import CURVE, PICTURE, RecoveredModel
+from ffgym.recover.result import CURVE, RecoveredModel
 from ffgym.recover.table import Measured, RecoveryTable, recovered_card
 from ffgym.recover.text import RecoveryTexts, gather
-from ffgym.report.figures import default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import strict
 from ffgym.report.progress import Reporter
 from ffgym.report.table import bos_text
@@ -341,7 +340,7 @@ class _Recovery:
     def save(
         self, outcome: TrainingOutcome, gain: str, table: RecoveryTable, place: Path, overwrite: bool
     ) -> RecoveredModel:
-        """Save the model with all that is known of it, and delete the checkpoints; then draw how training went."""
+        """Save the model with all that is known of it, and delete the checkpoints."""
         text, method = self.texts.training, self.method.name
         summary = (outcome.summary, gain, f"Training text: {text.source}.")
         files = self._write_results(outcome, table)
@@ -355,24 +354,19 @@ class _Recovery:
             stock=is_stock(self.loaded.model),
             towers=self.loaded.towers is not None,
         )
-        with held_back_interrupts(first_only=True):  # else a resumed run trains again; a second one ends what hangs
-            with held_back_interrupts():  # interrupted in between, the same command would train again
-                model, tokenizer, towers = self.loaded.model, self.loaded.tokenizer, self.loaded.towers
-                saved = save_again(
-                    model,
-                    tokenizer,
-                    place,
-                    card=card,
-                    files=files,
-                    overwrite=overwrite,
-                    towers=towers,
-                    dtype=self.loaded.saved_dtype,
-                )
-                self.checkpoint.remove()
-            self._draw(outcome, saved.path / PICTURE)
-        for path in (saved.path / CURVE, saved.path / PICTURE):
-            if path.exists():
-                self.tracker.log_artifact(path)
+        with held_back_interrupts():  # interrupted in between, the same command would train again
+            saved = save_again(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                place,
+                card=card,
+                files=files,
+                overwrite=overwrite,
+                towers=self.loaded.towers,
+                dtype=self.loaded.saved_dtype,
+            )
+            self.checkpoint.remove()
+        self.tracker.log_artifact(saved.path / CURVE)
         return RecoveredModel(saved, table, table.rows[-1].evaluation, summary)
 
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
@@ -392,23 +386,6 @@ class _Recovery:
             written["run.json"] = json.dumps({"dense": place}) + "\n"
         paths = [self.checkpoint.write(name, text) for name, text in written.items()]
         return [self.checkpoint.folder / "config.toml", *paths]
-
-    @default_style()
-    def _draw(self, outcome: TrainingOutcome, picture: Path) -> None:
-        """Draw how training went; a picture that cannot be drawn is no reason to lose a training."""
-
-        def draw() -> None:
-            figure = new_figure(8.0, 4.5)
-            axes = figure.subplots()
-            self.method.draw(axes, outcome.curve)
-            tidy(axes)
-            axes.legend(frameon=False)
-            save_figure(figure, picture)
-
-        try:
-            call_plugin(self.method, draw, "drawing its curve")
-        except FFGymError as error:
-            self.reporter.print(f"no {PICTURE}: {error.message}")
 
 
 def _parameters(model: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ from ffgym.recover.table import RecoveryTable
 from ffgym.tracking.names import Result
 from ffgym.types import Evaluation, JSONDict
 
-CURVE, PICTURE = "recovery.json", "recovery.png"
+CURVE = "recovery.json"
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class RecoveredModel:
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
         console.print(self.table.layout())
-        what = f"Model, {CURVE} and {PICTURE}" if (self.saved.path / PICTURE).exists() else f"Model and {CURVE}"
-        lines = [*self.summary, f"{what}: {self.saved.path}"]
+        lines = [*self.summary, f"Model and {CURVE}: {self.saved.path}"]
         if self.mlflow_run is not None:
             lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
         for line in [*lines, "Load the model with", f"  {load_line(self.saved.path)}"]:

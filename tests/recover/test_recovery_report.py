@@ -1,4 +1,4 @@
-"""The table, the pictures and the card of a recovery."""
+"""The table and the card of a recovery."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ import math
 import pytest
 from rich.console import Console
 
-from ffgym.recover.distill import DistilMLP
-from ffgym.recover.lora import Lora
 from ffgym.recover.table import (
     Measured,
     RecoveryTable,
     recovered_card,
 )
-from ffgym.report.figures import new_figure
 from ffgym.types import Evaluation
 
 BEFORE, AFTER, DENSE = (2.0, 3.0, 4.0), (1.9, 2.9, 3.6), (1.0, 2.0, 3.0)
@@ -66,17 +63,6 @@ def test_plain_data_has_no_infinity() -> None:
     assert [row["perplexity"] for row in rows] == [None, None]
     assert [row["loss"] for row in rows] == [1000.0, None]
     assert "inf" in broken.layout().markdown()
-
-
-@pytest.mark.parametrize("steps", [2, 40])
-def test_curves_are_drawn(steps: int) -> None:
-    figure = new_figure(8.0, 4.5)
-    top, bottom = figure.subplots(2)
-    Lora().draw(top, {"train": [3.0] * steps, "held_out": [(0, 3.0), (steps, 2.5)], "chosen": steps})
-    assert top.get_title("left") == "Held-out loss 3.000 before, 2.500 after"
-    layers = [{"layer": 0, "before": 0.2, "after": 0.1}, {"layer": 3, "before": 0.1, "after": 0.1}]
-    DistilMLP().draw(bottom, {"layers": layers})
-    assert [line.get_ydata().tolist() for line in bottom.lines] == [[0.2, 0.1], [0.1, 0.1]]
 
 
 def test_the_card_keeps_front_matter_and_demotes_the_old_headings() -> None:

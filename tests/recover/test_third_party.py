@@ -31,7 +31,7 @@ class Shrink(ffgym.Recovery):
 
     class Config(ffgym.PluginConfig):
         steps: int = Field(default=2, ge=1, description="how often to shrink, at least 1")
-        colour: str = Field(default="red", description="of the picture")
+        colour: str = Field(default="red", description="decides no number")
 
     def train(self, setup):
         part = setup.checkpoint.load("shrink", dict)
@@ -50,9 +50,6 @@ class Shrink(ffgym.Recovery):
             kept="all of it was kept",
             curve={"rates": rates, "gain": float("nan")},
         )
-
-    def draw(self, axes, curve):
-        axes.plot(curve["rates"], color=self.config.colour, label="rate")
 '''
 HOOK = """
 
@@ -106,7 +103,6 @@ def test_the_command_trains_by_it(pruned: Path, tmp_path: Path) -> None:
     assert re.search(r": 5\.\d{4} before, 5\.\d{4} after; all of it was kept\.$", found["summary"][1]), "as measured"
     curve = json.loads((out / "recovery.json").read_text())
     assert (curve["method"], curve["rates"], curve["gain"]) == ("shrink", [0.25] * 3, None)
-    assert (out / "recovery.png").read_bytes().startswith(b"\x89PNG")
     written = (out / "config.toml").read_text()
     assert "steps = 3  # how often to shrink, at least 1" in written
     again = call("recover", pruned, "--config", out / "config.toml", "--output", tmp_path / "again", "--json")
@@ -194,56 +190,37 @@ def test_a_method_that_breaks_is_named(
     assert complaint in done.stderr
 
 
-@pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize(
-    ("change", "complaint", "rates", "is_drawn"),
-    [
-        (("curve={", "curve=None and {"), "failed while handing back its curve: TypeError", None, False),
-        (('"gain": float("nan")', '"gain": {1}'), "failed while handing back its curve: TypeError", None, True),
-        (('plot(curve["rates"]', 'plot(curve["rate"]'), "failed while drawing its curve: KeyError", [0.25] * 2, False),
-        (('label="rate"', 'label=r"$\\frac$"'), "failed while drawing its curve: ValueError", [0.25] * 2, False),
-    ],
-)
-def test_a_curve_that_cannot_be_kept_or_drawn_loses_no_training(
-    install: Callable[..., None],
-    pruned: Path,
-    tmp_path: Path,
-    change: tuple[str, str],
-    complaint: str,
-    rates: list[float] | None,
-    is_drawn: bool,
+@pytest.mark.parametrize("change", [("curve={", "curve=None and {"), ('"gain": float("nan")', '"gain": {1}')])
+def test_a_curve_that_cannot_be_kept_loses_no_training(
+    install: Callable[..., None], pruned: Path, tmp_path: Path, change: tuple[str, str]
 ) -> None:
     install("acme-broken", METHOD.replace(*change) + HOOK)
     out = tmp_path / "out"
     done = call("recover", pruned, "--method", "shrink", "--output", out)
     assert done.exit_code == 0, done.output
-    assert f"recovery 'shrink' (package acme-broken 1.0) {complaint}" in done.stderr
+    assert "recovery 'shrink' (package acme-broken 1.0) failed while handing back its curve: TypeError" in done.stderr
     assert torch.equal(head(out), head(pruned / "model") * 0.75**2)
     assert not (tmp_path / "out.unfinished").exists()
     curve = json.loads((out / "recovery.json").read_text())
-    assert (curve["method"], curve.get("rates"), len(curve["report"])) == ("shrink", rates, 3)
-    assert (out / "recovery.png").exists() == is_drawn
-    assert ("recovery.png: " in done.stdout) == is_drawn
+    assert (curve["method"], curve.get("rates"), len(curve["report"])) == ("shrink", None, 3)
 
 
-@pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize("interrupts", [1, 2])
-def test_ctrl_c_while_drawing_loses_no_training(
-    install: Callable[..., None], pruned: Path, tmp_path: Path, interrupts: int
-) -> None:
-    """The first one waits until it is drawn; the second one does not."""
-    draws = "def draw(self, axes, curve):\n        "
-    interrupted = (
-        f"import os, signal\n        [os.kill(os.getpid(), signal.SIGINT) for _ in range({interrupts})]\n        "
-    )
-    install("acme-shrink", METHOD.replace(draws, draws + interrupted) + HOOK)
+INTERRUPTS = """
+        import os, signal
+        interrupt = lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+        setup.model.register_state_dict_pre_hook(interrupt)
+        return ffgym.TrainingOutcome("""
+
+
+def test_ctrl_c_while_saving_loses_no_training(install: Callable[..., None], pruned: Path, tmp_path: Path) -> None:
+    """A second one waits as well."""
+    install("acme-shrink", METHOD.replace("\n        return ffgym.TrainingOutcome(", INTERRUPTS) + HOOK)
     out = tmp_path / "out"
     done = call("recover", pruned, "--method", "shrink", "--output", out)
     assert done.exit_code == 130, done.output
     assert "the same command continues it" not in done.stderr
     assert torch.equal(head(out), head(pruned / "model") * 0.75**2)
     assert not (tmp_path / "out.unfinished").exists()
-    assert (out / "recovery.png").exists() == (interrupts == 1)
 
 
 @pytest.mark.parametrize(
