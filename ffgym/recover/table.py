@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ffgym.models.origin import split_card
 from ffgym.report.card import TAGS, loading
 from ffgym.report.layout import Column, Table, humane
-from ffgym.report.paired import standard_error
+from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import Evaluation, JSONDict
 
 
@@ -41,19 +39,24 @@ class RecoveryTable:
                 look={"overflow": "fold"},
             ),
             Column("perplexity", _perplexity, plain=_losses),
-            Column("loss against before", self._against_before),
+            Column(
+                "nats against before",
+                lambda row: str(self._difference(row) or ""),
+                plain=lambda row: difference_data(self._difference(row)),
+            ),
             Column("params", lambda row: humane(row.parameters), plain=lambda row: {"parameters": row.parameters}),
         ]
-        notes = ["Loss against before: nats per token, the mean over windows of the difference on the same window."]
+        notes = [
+            "Nats per token against before, on the same windows, ± half of the 95 % interval; below 0 is better, and a "
+            "tie is an interval that holds 0."
+        ]
         if len(self.rows[0].evaluation.losses) > 1:
-            notes.append("± one standard error over windows.")
+            notes.append("Perplexity: ± one standard error over windows.")
         return Table(columns, self.rows, [*notes, self.header], space=1)
 
-    def _against_before(self, row: Measured) -> str:
+    def _difference(self, row: Measured) -> Difference | None:
         before = self.rows[-2]
-        differences = np.subtract(row.evaluation.losses, before.evaluation.losses)
-        error = standard_error(differences)
-        return "" if row is before else f"{differences.mean():+.4f}" + ("" if error is None else f" ± {error:.4f}")
+        return None if row is before else paired_difference([row.evaluation.losses], [before.evaluation.losses])
 
 
 def _perplexity(row: Measured) -> str:

@@ -171,7 +171,7 @@ def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveredMod
     console = Console(file=io.StringIO(), width=300)
     finished[1].print(console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("before", "lora", "±", "nats per token", "trust_remote_code=True", str(finished[1].mlflow_run)):
+    for part in ("before", "lora", "±", "nats against before", "trust_remote_code=True", str(finished[1].mlflow_run)):
         assert part in text
     data = json.loads(json.dumps(finished[1].to_json()))
     assert [row["label"] for row in data["table"]] == ["dense", "before", "lora"]

@@ -46,13 +46,16 @@ def table(*, dense: bool = True) -> RecoveryTable:
 @pytest.mark.parametrize("dense", [True, False])
 def test_the_table_compares_with_before(dense: bool) -> None:
     text = table(dense=dense).layout().markdown()
-    assert "| lora | 16.44 ± 8.11 | -0.2000 ± 0.1000 | 1.0 k |" in text
+    assert "| lora | 16.44 ± 8.11 | -0.200 ± 0.430 tie | 1.0 k |" in text
     assert "| before | 20.09 ± 11.60 |  | 1.0 k |" in text
-    assert ("| dense | 7.39 ± 4.27 | -1.0000 ± 0.0000 | 2.0 k |" in text) == dense
+    assert ("| dense | 7.39 ± 4.27 | -1.000 ± 0.000 | 2.0 k |" in text) == dense
     assert "a\\_b" in text
+    *_, before, lora = table(dense=dense).layout().as_dicts()
+    assert (before["difference"], lora["difference"]) == (None, pytest.approx(-0.2))
+    assert lora["difference_margin"] == pytest.approx(0.43, abs=1e-3)
     console = Console(file=io.StringIO(), width=120)
     console.print(table(dense=dense).layout())
-    assert "-0.2000 ± 0.1000" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "-0.200 ± 0.430 tie" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_plain_data_has_no_infinity() -> None:
