@@ -82,25 +82,32 @@ def measure(
             _refuse_without_engine(output_tokens=output_tokens, engine_args=engine_args)
             from ffgym.measure import measure as in_process
 
-            options = in_process.Options(folder, dense, batches, lengths, repetitions, dtype, device, threads)
-            found = in_process.measure(options, progress=progress)
+            found = in_process.measure(
+                folder,
+                dense=dense,
+                batch_sizes=batches,
+                prompt_lengths=lengths,
+                repetitions=repetitions,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                progress=progress,
+            )
         else:
             _refuse_device(device)
             from ffgym.measure import serving
 
             found = serving.measure_serving(
-                serving.Options(
-                    folder=folder,
-                    engine=engine,
-                    dense=dense,
-                    requests=batches,
-                    repetitions=repetitions,
-                    dtype=dtype,
-                    threads=threads,
-                    arguments=_arguments(engine_args),
-                    **_given(prompt_lengths=lengths, output_tokens=output_tokens),
-                ),
+                folder,
+                engine,
+                dense=dense,
+                requests=batches,
+                repetitions=repetitions,
+                dtype=dtype,
+                threads=threads,
+                arguments=_arguments(engine_args),
                 progress=progress,
+                **_given(prompt_lengths=lengths, output_tokens=output_tokens),
             )
     tables = found.tables()
     if output is not None:

@@ -1,15 +1,15 @@
-"""``measure(options)``: how much smaller and faster a saved model is than the dense one it was made from.
+"""``measure(folder)``: how much smaller and faster a saved model is than the dense one it was made from.
 
 which models -> load both -> do they belong together -> sizes -> speed, in turn -> memory, each alone
 
-``latency_table(options)``: how long the sublayers of a dense model take on this machine, for a latency budget.
+``latency_table(model, context)``: how long the sublayers of a dense model take on this machine, for a latency budget.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,37 +37,37 @@ from ffgym.report.progress import Reporter
 LENGTHS = (128, 512, 1024)
 
 
-@dataclass(frozen=True)
-class Options:
-    """The options of ``ffgym measure``, whose help explains them."""
-
-    folder: Path
-    dense: str | None = None
-    batch_sizes: Sequence[int] = (1, 4)
-    prompt_lengths: Sequence[int] | None = None
-    repetitions: int = 7
-    dtype: str = "auto"
-    device: str = "auto"
-    threads: int | None = None
-
-
 @own_modes()
-def measure(options: Options, *, progress: Console | None = None) -> Measurement:
-    """Measure a saved model beside the dense one.
+def measure(
+    folder: Path,
+    *,
+    dense: str | None = None,
+    batch_sizes: Sequence[int] = (1, 4),
+    prompt_lengths: Sequence[int] | None = None,
+    repetitions: int = 7,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    progress: Console | None = None,
+) -> Measurement:
+    """Measure a saved model beside the dense one: what ``ffgym measure`` shows.
 
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, or one that cannot be loaded.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
     """
     reporter = Reporter(progress)
-    folder = model_folder(options.folder)
-    source = dense_model(folder, options.dense)
-    with computing_threads(options.threads):
-        found = _side_by_side(options, folder, source, reporter)
+    folder = model_folder(folder)
+    source = dense_model(folder, dense)
+    with source.named():
+        limits = context_limit(source.name, revision=source.revision), context_limit(str(folder))
+    workloads = _workloads(batch_sizes, prompt_lengths, min(limits))
+    with computing_threads(threads):
+        found = _side_by_side(folder, source, workloads, repetitions, dtype, device, reporter)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return _with_memory(found, options, folder, source, reporter)
+        return _with_memory(found, device, folder, source, reporter)
 
 
 @own_modes()
@@ -107,16 +107,21 @@ def latency_table(
         return table, place_of(loaded.model, context=context)
 
 
-def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
+def _side_by_side(
+    folder: Path,
+    source: DenseModel,
+    workloads: Sequence[Workload],
+    repetitions: int,
+    dtype: str,
+    device: str,
+    reporter: Reporter,
+) -> Measurement:
     """Everything that is measured with both models in this process; they are gone when it returns."""
-    with source.named():
-        limits = context_limit(source.name, revision=source.revision), context_limit(str(folder))
-    workloads = _workloads(options, min(limits))
     with reporter.stage("load both models", 2) as stage:
-        pruned = load(str(folder), dtype=options.dtype, device=options.device)
+        pruned = load(str(folder), dtype=dtype, device=device)
         stage.advance()
         with source.named():
-            dense = load(source.name, revision=source.revision, dtype=pruned.dtype_name, device=options.device)
+            dense = load(source.name, revision=source.revision, dtype=pruned.dtype_name, device=device)
         kept = units_kept(pruned.model, dense.model)
     reporter.print(f"dense: {dense.description}, named by {source.said_by}; pruned: {folder}")
     reporter.print(f"{processor(dense.device)}, {counted(torch.get_num_threads(), 'thread')}, {dense.dtype_name}")
@@ -132,7 +137,7 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
         _footprint(pruned, sizes(kept), folder),
     )
     speeds: list[Speed] = []
-    with reporter.stage("speed, in turn", 2 * (options.repetitions + 1) * len(workloads)) as stage:
+    with reporter.stage("speed, in turn", 2 * (repetitions + 1) * len(workloads)) as stage:
         for workload in workloads:
             before = work_of(dense.model, prunable.dense_units, meter, workload)
             after = work_of(pruned.model, kept, meter, workload)
@@ -147,7 +152,7 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
                     pruned.model,
                     workload,
                     (before[0] / after[0], before[1] / after[1]),
-                    repetitions=options.repetitions,
+                    repetitions=repetitions,
                     on_turn=stage.advance,
                 )
     largest = max(workloads, key=lambda workload: (workload.batch * workload.length, workload.length))
@@ -162,20 +167,18 @@ def _side_by_side(options: Options, folder: Path, source: DenseModel, reporter: 
         dtype=dense.dtype_name,
         torch=torch.__version__,
         transformers=version("transformers"),
-        repetitions=options.repetitions,
+        repetitions=repetitions,
     )
 
 
-def _with_memory(
-    found: Measurement, options: Options, folder: Path, source: DenseModel, reporter: Reporter
-) -> Measurement:
+def _with_memory(found: Measurement, device: str, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
     """Add the peak memory of both, each in a fresh process."""
     batch, length = found.memory_work
     models = {"dense": (source.name, source.revision), "pruned": (str(folder), None)}
     measured = {}
     with reporter.stage("peak memory, each alone", len(models)) as stage:
         for role, (name, revision) in models.items():
-            probe = MemoryProbe(name, revision, found.dtype, options.device, torch.get_num_threads(), batch, length)
+            probe = MemoryProbe(name, revision, found.dtype, device, torch.get_num_threads(), batch, length)
             measured[role] = measure_memory(probe)
             stage.advance()
     return replace(
@@ -185,10 +188,9 @@ def _with_memory(
     )
 
 
-def _workloads(options: Options, limit: int) -> list[Workload]:
+def _workloads(batch_sizes: Sequence[int], lengths: Sequence[int] | None, limit: int) -> list[Workload]:
     """Every batch size with every prompt length."""
     room = limit - DECODE_TOKENS
-    lengths = options.prompt_lengths
     if lengths is None:
         lengths = [length for length in LENGTHS if length <= room] or [max(1, room)]
     if max(lengths) > room:
@@ -197,7 +199,7 @@ def _workloads(options: Options, limit: int) -> list[Workload]:
             "decoded behind the prompt",
             hint=f"Use at most {room}.",
         )
-    return [Workload(batch, length) for batch in options.batch_sizes for length in lengths]
+    return [Workload(batch, length) for batch in batch_sizes for length in lengths]
 
 
 def _footprint(loaded: LoadedModel, size: Mapping[str, float], folder: Path) -> Footprint:

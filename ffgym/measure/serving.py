@@ -1,4 +1,4 @@
-"""``measure_serving(options)``: how fast an inference engine serves a pruned model and the dense one it was made from.
+"""``measure_serving(folder, engine)``: how fast an engine serves a pruned model and the dense one it was made from.
 
 which models -> a server of each -> bursts of requests, the servers in turn -> medians and their spread
 
@@ -36,22 +36,6 @@ from ffgym.report.progress import Reporter
 SPARE_TOKENS = 8  # an engine may count more tokens in a prompt than ffgym does
 AS_PRUNED = "through the backend that serves the pruned model, not the engine's own class"
 ALIKE = ("vocab_size", "hidden_size", "num_hidden_layers")
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of ``ffgym measure --engine``, whose help explains them."""
-
-    folder: Path
-    engine: str
-    dense: str | None = None
-    requests: Sequence[int] = (1, 4)
-    prompt_lengths: Sequence[int] = (128, 512)
-    output_tokens: int = 64
-    repetitions: int = 7
-    dtype: str = "auto"
-    threads: int | None = None
-    arguments: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +122,21 @@ class ServingMeasurement:
         return lines
 
 
-def measure_serving(options: Options, *, progress: Console | None = None) -> ServingMeasurement:
-    """Measure how fast an engine serves a saved model and the dense one.
+def measure_serving(
+    folder: Path,
+    engine: str,
+    *,
+    dense: str | None = None,
+    requests: Sequence[int] = (1, 4),
+    prompt_lengths: Sequence[int] = (128, 512),
+    output_tokens: int = 64,
+    repetitions: int = 7,
+    dtype: str = "auto",
+    threads: int | None = None,
+    arguments: Sequence[str] = (),
+    progress: Console | None = None,
+) -> ServingMeasurement:
+    """Measure how fast an engine serves a saved model and the dense one: what ``ffgym measure --engine`` shows.
 
     Raises:
         ModelError: a folder that is no model, two models that do not belong together, an engine that is not installed
@@ -147,31 +144,31 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         ConfigError: no record of the dense model, or prompts that are too long for the models.
     """
     reporter = Reporter(progress)
-    pruned = model_folder(options.folder)
-    source = dense_model(pruned, options.dense)
-    dense = _dense_folder(source)
-    context, has_class_file = _checked(dense, pruned, options)
-    dtype = weights_on_disk(pruned)[1] if options.dtype == "auto" else options.dtype
+    pruned = model_folder(folder)
+    source = dense_model(pruned, dense)
+    dense_folder = _dense_folder(source)
+    context, has_class_file = _checked(dense_folder, pruned, max(prompt_lengths), output_tokens)
+    dtype = weights_on_disk(pruned)[1] if dtype == "auto" else dtype
     check_dtype(dtype)
-    workloads = [Workload(count, length) for count, length in product(options.requests, options.prompt_lengths)]
-    with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
+    workloads = [Workload(count, length) for count, length in product(requests, prompt_lengths)]
+    with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as scratch:
         setting = Setting(
             dtype=dtype,
             context=context,
-            requests=max(options.requests),
-            output_tokens=options.output_tokens,
-            repetitions=options.repetitions,
-            threads=options.threads,
-            arguments=options.arguments,
-            scratch=Path(folder),
+            requests=max(requests),
+            output_tokens=output_tokens,
+            repetitions=repetitions,
+            threads=threads,
+            arguments=arguments,
+            scratch=Path(scratch),
         )
-        models = [ServedModel(DENSE, dense), ServedModel(PRUNED, pruned, has_class_file)]
-        with reporter.stage(f"prepare {options.engine}", 1):
-            fleet = ENGINES[options.engine](setting, models)
+        models = [ServedModel(DENSE, dense_folder), ServedModel(PRUNED, pruned, has_class_file)]
+        with reporter.stage(f"prepare {engine}", 1):
+            fleet = ENGINES[engine](setting, models)
         together = fleet.fits_memory()
         reporter.print(f"dense: {source.name}, named by {source.said_by}; pruned: {pruned}")
         reporter.print(f"{fleet.version}, {dtype}, {counted(len(fleet.servers), 'server')}")
-        turns = options.repetitions * len(fleet.servers) * len(workloads)
+        turns = repetitions * len(fleet.servers) * len(workloads)
         with reporter.stage("serve, in turn", turns, "bursts") as stage:
             found, cache_tokens = serve_in_turn(
                 fleet.servers,
@@ -192,11 +189,11 @@ def measure_serving(options: Options, *, progress: Console | None = None) -> Ser
         cache_tokens=cache_tokens,
         device=fleet.device,
         processors=os.cpu_count() or 1,
-        threads=options.threads,
+        threads=threads,
         dtype=dtype,
-        repetitions=options.repetitions,
+        repetitions=repetitions,
         together=together,
-        arguments=tuple(options.arguments),
+        arguments=tuple(arguments),
     )
 
 
@@ -220,7 +217,7 @@ def _dense_folder(source: DenseModel) -> Path:
         ) from error
 
 
-def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, bool]:
+def _checked(dense: Path, pruned: Path, longest: int, output_tokens: int) -> tuple[int, bool]:
     """Tokens of the longest prompt with its answer, and whether the pruned model has a class file."""
     before, after = load_config(dense), load_config(pruned)
     facts, others = (
@@ -236,15 +233,14 @@ def _checked(dense: Path, pruned: Path, options: Options) -> tuple[int, bool]:
             f"the class file in {pruned}, which a server runs, is missing, or not the one that this ffgym writes",
             hint=f"Read it; then bring it up to date: ffgym export {shlex.quote(str(pruned))} --refresh",
         )
-    room = min(before.max_position_embeddings, after.max_position_embeddings) - options.output_tokens - SPARE_TOKENS
-    longest = max(options.prompt_lengths)
+    room = min(before.max_position_embeddings, after.max_position_embeddings) - output_tokens - SPARE_TOKENS
     if longest > room:
         raise ConfigError(
-            f"--prompt-lengths {longest} and --output-tokens {options.output_tokens} are more than the "
-            f"{room + options.output_tokens} tokens that the models take",
+            f"--prompt-lengths {longest} and --output-tokens {output_tokens} are more than the "
+            f"{room + output_tokens} tokens that the models take",
             hint=f"Use prompts of at most {room} tokens." if room > 0 else "Use fewer --output-tokens.",
         )
-    return longest + options.output_tokens + SPARE_TOKENS, has_class_file
+    return longest + output_tokens + SPARE_TOKENS, has_class_file
 
 
 def _summarised(found: Bursts) -> Iterator[Served]:

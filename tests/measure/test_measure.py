@@ -19,7 +19,7 @@ from ffgym.cli import app
 from ffgym.costs.latency_table import read_table
 from ffgym.errors import BudgetError, ConfigError, ModelError
 from ffgym.measure import measure as measure_module
-from ffgym.measure.measure import Options, latency_table, measure
+from ffgym.measure.measure import latency_table, measure
 from ffgym.measure.memory import Memory
 from ffgym.measure.table import Measurement
 from ffgym.models.loading import load
@@ -43,13 +43,10 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return make_up_memory(monkeypatch)
 
 
-def small(folder: Path, **changes: Any) -> Options:
+def measure_quickly(folder: Path, **changes: Any) -> Measurement:
     quick: dict[str, Any] = {"batch_sizes": (1,), "prompt_lengths": (16,), "repetitions": 1}
-    return Options(folder, **(quick | {"dtype": "float32", "device": "cpu"} | changes))
-
-
-def silently(options: Options) -> Measurement:
-    return measure(options, progress=Console(file=io.StringIO()))
+    quick |= {"dtype": "float32", "device": "cpu", "progress": Console(file=io.StringIO())}
+    return measure(folder, **(quick | changes))
 
 
 # what is found
@@ -60,7 +57,7 @@ def found(run: Path) -> Measurement:
     """One whole measurement."""
     with pytest.MonkeyPatch.context() as patch:
         make_up_memory(patch)
-        return silently(small(run / "model", batch_sizes=(1, 2), prompt_lengths=(8, 16), repetitions=2))
+        return measure_quickly(run / "model", batch_sizes=(1, 2), prompt_lengths=(8, 16), repetitions=2)
 
 
 def test_every_workload_is_measured_in_both_phases(found: Measurement) -> None:
@@ -93,7 +90,7 @@ def test_how_it_was_measured_is_recorded(found: Measurement) -> None:
 
 def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children: list[Any]) -> None:
     before = torch.get_num_threads()
-    result = silently(small(run, threads=before + 1))
+    result = measure_quickly(run, threads=before + 1)
     assert result.threads == before + 1
     assert torch.get_num_threads() == before
     assert [(job.name, job.threads, job.batch, job.length) for job in no_children] == [
@@ -106,8 +103,8 @@ def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children:
 def test_the_dense_model_can_be_named(run: Path, no_children: list[Any], tmp_path: Path) -> None:
     alone = shutil.copytree(run / "model", tmp_path / "alone")
     with pytest.raises(ConfigError, match="cannot tell which dense model"):
-        silently(small(alone))
-    result = silently(small(alone, dense=str(glass_home() / "glass")))
+        measure_quickly(alone)
+    result = measure_quickly(alone, dense=str(glass_home() / "glass"))
     assert result.dense.parameters == 852_608
 
 
@@ -120,20 +117,20 @@ def test_the_callers_autocast_is_not_what_is_timed(
         lambda *_: modes.add(torch.is_autocast_enabled("cpu"))
     )
     with watch, torch.autocast("cpu", dtype=torch.bfloat16):
-        silently(small(run))
+        measure_quickly(run)
         latency_table(str(glass_home() / "glass"), 16, repetitions=1, progress=Console(file=io.StringIO()))
     assert modes == {False}
 
 
 def test_a_model_beside_itself_is_no_smaller(no_children: list[Any]) -> None:
     glass = glass_home() / "glass"
-    result = silently(small(glass, dense=str(glass)))
+    result = measure_quickly(glass, dense=str(glass))
     assert {each.ceiling for each in result.speeds} == {1.0}
     assert result.dense.macs == result.pruned.macs
 
 
 def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: list[Any]) -> None:
-    result = silently(small(run, prompt_lengths=None))
+    result = measure_quickly(run, prompt_lengths=None)
     assert {each.workload.length for each in result.speeds} == {112}  # 128 positions, 16 of them to decode
 
 
@@ -142,7 +139,7 @@ def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: li
 
 def test_prompts_that_are_too_long(run: Path) -> None:
     with pytest.raises(ConfigError, match="--prompt-lengths 120: the models take at most 128 tokens") as raised:
-        measure(small(run, prompt_lengths=(16, 120)), progress=Console(file=(said := io.StringIO())))
+        measure_quickly(run, prompt_lengths=(16, 120), progress=Console(file=(said := io.StringIO())))
     assert "at most 112" in str(raised.value.hint)
     assert said.getvalue() == "", "before either model is loaded"
 
@@ -153,7 +150,7 @@ def test_prompts_that_do_not_fit_the_memory(run: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(measure_module, "time_in_turn", full)
     with pytest.raises(ModelError, match="1 x 16 tokens do not fit") as raised:
-        silently(small(run))
+        measure_quickly(run)
     assert "--batch-sizes" in str(raised.value.hint)
 
 
@@ -162,14 +159,14 @@ def test_a_dense_model_of_another_family(run: Path, tmp_path: Path) -> None:
     for file in (glass_home() / "glass").glob("*token*"):
         shutil.copy(file, tmp_path / "opt")
     with pytest.raises(ModelError, match="pruned model is of family 'llama', the dense one of 'opt'"):
-        silently(small(run, dense=str(tmp_path / "opt")))
+        measure_quickly(run, dense=str(tmp_path / "opt"))
 
 
 def test_a_record_that_leads_nowhere_is_named(run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(run, tmp_path / "moved")
     (moved / "config.toml").write_text('[model]\nname = "no/such/folder/here"\n')
     with pytest.raises(ModelError, match=r"config\.toml names 'no/such/folder/here' as the dense model") as raised:
-        silently(small(moved))
+        measure_quickly(moved)
     assert "--dense" in str(raised.value.hint)
 
 

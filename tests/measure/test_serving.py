@@ -28,7 +28,7 @@ from ffgym.cli import app
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError, ModelError
 from ffgym.measure import engines
-from ffgym.measure.serving import Options, Served, ServingMeasurement, measure_serving
+from ffgym.measure.serving import Served, ServingMeasurement, measure_serving
 from ffgym.measure.speed import Workload
 from ffgym.models.loading import load
 from ffgym.plan import machine
@@ -41,13 +41,10 @@ def pruned(run: Path) -> Path:
     return run / "model"
 
 
-def options(folder: Path, **changes: Any) -> Options:
+def serve_quickly(folder: Path, **changes: Any) -> ServingMeasurement:
     quick: dict[str, Any] = {"requests": (2,), "prompt_lengths": (16,), "output_tokens": 4, "repetitions": 1}
-    return Options(folder, "vllm", **({"dense": str(glass_home() / "glass")} | quick | changes))
-
-
-def silently(given: Options) -> ServingMeasurement:
-    return measure_serving(given, progress=Console(file=io.StringIO()))
+    quick |= {"engine": "vllm", "dense": str(glass_home() / "glass"), "progress": Console(file=io.StringIO())}
+    return measure_serving(folder, **(quick | changes))
 
 
 def has_ended(pid: int) -> bool:
@@ -63,7 +60,7 @@ def assert_no_process_is_left(log: Path) -> None:
 
 
 def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path, log: Path) -> None:
-    found = silently(options(pruned, repetitions=2, prompt_lengths=(8, 16)))
+    found = serve_quickly(pruned, repetitions=2, prompt_lengths=(8, 16))
     assert [(each.model, each.workload.batch, each.workload.length) for each in found.served] == [
         (role, 2, length) for length in (8, 16) for role in ROLES
     ]
@@ -82,7 +79,7 @@ def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path
 
 
 def test_prompts_differ_among_requests_and_are_the_same_for_all_models(pruned: Path, log: Path) -> None:
-    silently(options(pruned))
+    serve_quickly(pruned)
     asked = [line["prompt"] for line in noted(log, "asked")]
     groups = [set(asked[index : index + 2]) for index in range(0, len(asked), 2)]
     assert all(len(group) == 2 for group in groups)
@@ -95,7 +92,7 @@ def test_prompts_differ_among_requests_and_are_the_same_for_all_models(pruned: P
 
 def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_TOKENS", "3")  # it ends before what was asked for
-    found = silently(options(pruned, output_tokens=8))
+    found = serve_quickly(pruned, output_tokens=8)
     assert found.answer_tokens == (3, 3)
     paced = fake_engine.FIRST_SECONDS + 2 * fake_engine.NEXT_SECONDS
     for each in found.served:
@@ -126,7 +123,7 @@ def test_servers_that_do_not_fit_together_are_started_for_each_turn(
     pruned: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, circumstance: Any
 ) -> None:
     circumstance(tmp_path, monkeypatch)
-    found = silently(options(pruned, repetitions=2, requests=(1,)))
+    found = serve_quickly(pruned, repetitions=2, requests=(1,))
     assert not found.together
     assert (found.device == "Abacus") == (circumstance is on_a_gpu), "of the engine, whatever torch sees here"
     started = [line["pids"][0] for line in noted(log, "started")]
@@ -137,7 +134,7 @@ def test_servers_that_do_not_fit_together_are_started_for_each_turn(
 
 
 def test_a_stock_model_needs_no_other_backend(log: Path) -> None:
-    found = silently(options(glass_home() / "glass", requests=(1,)))
+    found = serve_quickly(glass_home() / "glass", requests=(1,))
     assert [each.model for each in found.served] == ["dense", "pruned"]
     assert "--trust-remote-code" not in noted(log, "asked")[-1]["arguments"]
 
@@ -217,7 +214,7 @@ def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log:
 def test_what_servers_take_to_start_says_nothing_of_how_long_they_serve(
     pruned: Path, log: Path, slow_start: io.StringIO
 ) -> None:
-    measure_serving(options(pruned, repetitions=2), progress=Console(file=slow_start))
+    serve_quickly(pruned, repetitions=2, progress=Console(file=slow_start))
     said = slow_start.getvalue()
     assert re.findall("(.*) · starting: (.*) · .* elapsed\n", said) == [
         ("serve, in turn: 0/6 bursts", role) for role in ROLES
@@ -270,7 +267,7 @@ def test_a_server_that_dies_shows_its_errors_and_leaves_its_log(
 ) -> None:
     monkeypatch.setenv("FAKE_DIES", printed)
     with pytest.raises(ModelError, match="'dense' ended with exit status 1 before it answered") as caught:
-        silently(options(pruned))
+        serve_quickly(pruned)
     assert [line.strip() for line in caught.value.message.splitlines()[1:]] == shown
     command, _, rest = Path(str(caught.value.hint).split(": ")[1]).read_text().partition("\n")
     assert command.startswith("env HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 ")
@@ -285,7 +282,7 @@ def test_a_server_that_does_not_answer_in_time_is_ended(
     monkeypatch.setenv("FAKE_HANGS", "1")
     monkeypatch.setattr(engines, "START_SECONDS", 1)
     with pytest.raises(ModelError, match="did not answer within"):
-        silently(options(pruned))
+        serve_quickly(pruned)
     assert_no_process_is_left(log)
 
 
@@ -298,7 +295,7 @@ def test_answers_that_are_none_are_errors(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(ModelError, match=f"did not answer a request: {said}"):
-        silently(options(pruned))
+        serve_quickly(pruned)
     assert_no_process_is_left(log)
     assert len(list(tmp_path.glob("ffgym-*.log"))) == 1, "not one a request"
 
@@ -308,13 +305,13 @@ def test_a_server_that_is_killed_amid_answers_is_said_to_have_ended(
 ) -> None:
     monkeypatch.setenv("FAKE_KILLED", "1")
     with pytest.raises(ModelError, match="'dense' ended with signal 9 while it answered"):
-        silently(options(pruned))
+        serve_quickly(pruned)
     assert_no_process_is_left(log)
 
 
 def refused(folder: Path, engine: str = "vllm") -> ModelError:
     with pytest.raises(ModelError) as caught:
-        silently(Options(folder, engine, str(glass_home() / "glass"), prompt_lengths=(16,)))
+        serve_quickly(folder, engine=engine)
     return caught.value
 
 
@@ -365,7 +362,7 @@ def test_a_python_is_asked_for_vllm_as_its_servers_run(
 ) -> None:
     (tmp_path / "json.py").write_text("raise ImportError('of another Python')\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert silently(options(pruned)).engine == "vllm-fake 9.9"
+    assert serve_quickly(pruned).engine == "vllm-fake 9.9"
 
 
 def test_a_foreign_or_missing_class_file_is_not_run(pruned: Path, log: Path, tmp_path: Path) -> None:
@@ -375,7 +372,7 @@ def test_a_foreign_or_missing_class_file_is_not_run(pruned: Path, log: Path, tmp
         file.write("print('hello')\n")
     for _ in range(2):
         with pytest.raises(ModelError, match="is missing, or not the one that this ffgym writes") as caught:
-            silently(options(folder))
+            serve_quickly(folder)
         assert "--refresh" in str(caught.value.hint)
         (folder / "modeling_ffgym.py").unlink(missing_ok=True)
     assert not noted(log, "started")
@@ -386,7 +383,7 @@ def test_a_model_of_another_family_is_refused(pruned: Path, log: Path, tmp_path:
     config = json.loads((dense / "config.json").read_text()) | {"model_type": "qwen2"}
     (dense / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="family is qwen2 in the dense model and llama in the pruned one"):
-        silently(options(pruned, dense=str(dense)))
+        serve_quickly(pruned, dense=str(dense))
     assert not noted(log, "started")
 
 
@@ -399,7 +396,7 @@ def test_a_model_of_another_family_is_refused(pruned: Path, log: Path, tmp_path:
 )
 def test_layers_that_gpus_cannot_share_are_refused(pruned: Path, log: Path, given: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        silently(options(pruned, arguments=given.split()))
+        serve_quickly(pruned, arguments=given.split())
     assert not noted(log, "started")
 
 
@@ -409,7 +406,7 @@ def test_key_value_heads_that_gpus_cannot_share_are_refused(pruned: Path, log: P
     config["per_layer_config"]["1"] |= {"num_attention_heads": 6, "num_key_value_heads": 3}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="layer 1 of the model 'pruned' has 3 key/value heads, which 2 GPUs"):
-        silently(options(folder, arguments=["-tp", "2"]))
+        serve_quickly(folder, arguments=["-tp", "2"])
     assert not noted(log, "started")
 
 
@@ -418,17 +415,17 @@ def test_a_vllm_that_knows_one_size_for_all_layers_is_refused(
 ) -> None:
     monkeypatch.setenv("FAKE_VERSION", "0.27.1")
     with pytest.raises(ModelError, match=r"vllm-fake 0\.27\.1 knows one size for all layers"):
-        silently(options(pruned))
+        serve_quickly(pruned)
     assert not noted(log, "started")
 
 
 def test_bad_arguments_are_named(pruned: Path, log: Path) -> None:
     with pytest.raises(ConfigError, match="--prompt-lengths 512 and --output-tokens 4 are more than the 120 tokens"):
-        silently(options(pruned, prompt_lengths=(512,)))
+        serve_quickly(pruned, prompt_lengths=(512,))
     with pytest.raises(ConfigError, match="engines serve no 'int8'"):
-        silently(options(pruned, dtype="int8"))
+        serve_quickly(pruned, dtype="int8")
     with pytest.raises(ModelError, match="is not in the hub's cache"):
-        silently(options(pruned, dense="org/not-downloaded"))
+        serve_quickly(pruned, dense="org/not-downloaded")
     assert not noted(log, "started")
 
 
