@@ -83,7 +83,7 @@ def serve_in_turn(
     together: bool,
     on_started: Callable[[], None],
     on_progress: Callable[[int, str], None],
-) -> tuple[Bursts, dict[str, int]]:
+) -> Bursts:
     """Serve every workload several times, each time by all servers, and once more after a server's start.
 
     Args:
@@ -94,14 +94,10 @@ def serve_in_turn(
         on_started: called once all servers run at the same time.
         on_progress: called with the number of bursts that have just been counted, and what is going on.
 
-    Returns:
-        all bursts, and the tokens that the KV cache of each model holds, where its server says so.
-
     Raises:
         ModelError: a server that dies, or does not answer as it should.
     """
     found: Bursts = {}
-    cache_tokens: dict[str, int] = {}
     up: dict[str, Running] = {}
 
     def burst(server: Server, workload: Workload, seed: str) -> Burst:
@@ -118,8 +114,6 @@ def serve_in_turn(
             up[server.role] = stack.enter_context(running(server, setting.scratch / f"{server.role}.log"))
             for workload in workloads:
                 burst(server, workload, "warm")
-            if (tokens := up[server.role].cache_tokens) is not None:
-                cache_tokens[server.role] = tokens
 
         order = list(product(range(setting.repetitions), servers, workloads))
         if together:
@@ -132,7 +126,7 @@ def serve_in_turn(
                 start(server)
             found.setdefault((server.role, workload), []).append(burst(server, workload, str(repetition)))
             on_progress(1, f"serving: {server.role}")
-    return found, cache_tokens
+    return found
 
 
 def send(server: Running, prompts: Sequence[str], output_tokens: int) -> Burst:

@@ -257,12 +257,6 @@ class Running:
     log: Path
     process: subprocess.Popen[bytes]
 
-    @property
-    def cache_tokens(self) -> int | None:
-        """Tokens that its KV cache holds; ``None`` where the engine does not say."""
-        found = re.search(r"KV cache size: ([\d,]+) tokens", self.log.read_text(encoding="utf-8", errors="replace"))
-        return int(found[1].replace(",", "")) if found else None
-
     def ending(self, seconds: float = 0) -> str | None:
         """How it ended, e.g. ``"ended with signal 9"``; ``None`` where it still runs after so many seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -144,7 +144,7 @@ def _timed(
     reporter.print(f"{fleet.version}, {setting.dtype}, {counted(len(fleet.servers), 'server')}, {turns}")
     workload = Workload(setting.requests, context - setting.output_tokens)
     with reporter.stage("serve, in turn", setting.repetitions * len(fleet.servers), "bursts") as stage:
-        found, _ = serve_in_turn(
+        found = serve_in_turn(
             fleet.servers,
             [workload],
             prompt_maker(loaded.tokenizer),

@@ -67,7 +67,6 @@ class ServingMeasurement:
     pruned: str
     served: tuple[Served, ...]  # every model under every workload
     answer_tokens: tuple[int, int]  # of the shortest and of the longest answer
-    cache_tokens: dict[str, int]  # that the KV cache of each model holds; empty where the engine does not say
     device: str
     processors: int  # of the CPU
     threads: int | None  # that were asked for
@@ -116,9 +115,6 @@ class ServingMeasurement:
             )
         if self.arguments:
             lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")
-        if self.cache_tokens:
-            sizes = "; ".join(f"{model} {tokens:,}" for model, tokens in self.cache_tokens.items())
-            lines.append(f"Tokens that the KV cache holds: {sizes}.")
         return lines
 
 
@@ -170,7 +166,7 @@ def measure_serving(
         reporter.print(f"{fleet.version}, {dtype}, {counted(len(fleet.servers), 'server')}")
         turns = repetitions * len(fleet.servers) * len(workloads)
         with reporter.stage("serve, in turn", turns, "bursts") as stage:
-            found, cache_tokens = serve_in_turn(
+            found = serve_in_turn(
                 fleet.servers,
                 workloads,
                 prompt_maker(load_tokenizer(pruned)),
@@ -186,7 +182,6 @@ def measure_serving(
         pruned=str(pruned),
         served=tuple(_summarised(found)),
         answer_tokens=(min(tokens), max(tokens)),
-        cache_tokens=cache_tokens,
         device=fleet.device,
         processors=os.cpu_count() or 1,
         threads=threads,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 FIRST_SECONDS, NEXT_SECONDS = 0.1, 0.01
-CACHE_TOKENS = 12_345
 
 
 def note(**what: Any) -> None:
@@ -76,5 +75,4 @@ if __name__ == "__main__":
     note(started=MODEL, pids=[os.getpid(), child.pid])
     if "FAKE_DIES" in os.environ:
         sys.exit(os.environ["FAKE_DIES"])
-    print(f"INFO CPU KV cache size: {CACHE_TOKENS:,} tokens, Maximum concurrency 2.00x", flush=True)
     ThreadingHTTPServer(("127.0.0.1", int(after("--port"))), Handler).serve_forever()

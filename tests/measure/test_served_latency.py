@@ -52,7 +52,7 @@ def paced(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             size = int(server.role.removeprefix("mlp ")) if server.role.startswith("mlp") else 341
             return Burst((Answer(2, 7.0, 7.1, 7.1 + 4 * 5e-4 * size),))
 
-        return {(server.role, load): [burst(server)] * 2 for server in servers for load in workloads}, {}
+        return {(server.role, load): [burst(server)] * 2 for server in servers for load in workloads}
 
     monkeypatch.setattr(served_latency, "serve_in_turn", serve)
 

@@ -99,7 +99,6 @@ def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pyte
         assert 0 < each.rate.median <= 2 * 3 / paced
         assert each.first.median >= fake_engine.FIRST_SECONDS
         assert each.first.median + 2 * each.following.median >= paced  # the first may be read late
-    assert found.cache_tokens == dict.fromkeys(ROLES, fake_engine.CACHE_TOKENS)
     assert all(line["ignore_eos"] for line in noted(log, "asked"))
 
 
@@ -229,7 +228,7 @@ def test_a_busy_machine_is_said_where_one_ratio_differs_among_repetitions(low: f
     loads = [Workload(count, 16) for count in (1, 2, 4)]
     served = [Served(model, load, one, one, one, one, one) for load in loads for model in ("dense", "pruned")]
     served[3] = replace(served[3], backend_ratio=Spread(1.0, low, 1.0))
-    facts: dict[str, Any] = {"cache_tokens": {}, "device": "x", "processors": 1, "threads": 1, "dtype": "float32"}
+    facts: dict[str, Any] = {"device": "x", "processors": 1, "threads": 1, "dtype": "float32"}
     found = ServingMeasurement(
         "vllm", "a", "b", tuple(served), (4, 4), repetitions=2, together=True, arguments=(), **facts
     )
@@ -446,7 +445,6 @@ def test_the_table_fits_a_terminal_and_json_is_pure(pruned: Path, log: Path, tmp
     said = " ".join(done.stdout.split())
     assert "More arguments of the engine: --a b c." in said
     assert "One repetition with servers that take turns, so noise cannot be seen." in said
-    assert "KV cache holds: dense 12,345; dense, as pruned 12,345; pruned 12,345." in said
     assert "| 1 x 16 | pruned |" in (tmp_path / "table.md").read_text()
     assert "b c" in noted(log, "asked")[-1]["arguments"]
     data = json.loads(ask(*given, "--json").stdout)
