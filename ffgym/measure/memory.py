@@ -11,8 +11,6 @@ import contextlib
 import ctypes
 import gc
 import json
-import re
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -48,8 +46,7 @@ class Memory:
     kind: str
     before: int  # bytes before the model was loaded: Python and the libraries; 0 on CUDA
     loaded: int  # bytes once the model was loaded and had run on one token
-    peak: int  # most bytes at any moment while it ran; of loading too where with_loading
-    with_loading: bool  # the system cannot forget the peak of loading, which may be higher than what running needs
+    peak: int  # most bytes at any moment while it ran
 
     @property
     def net_loaded(self) -> int:
@@ -66,7 +63,7 @@ def measure_memory(probe: MemoryProbe) -> Memory | None:
     """Run a probe in a fresh process.
 
     Returns:
-        ``None`` on systems that do not say what a process needs.
+        ``None`` on systems that do not say what a process needs once its model is loaded.
 
     Raises:
         ModelError: the process died, e.g. because memory ran out.
@@ -109,13 +106,16 @@ def _run(probe: MemoryProbe) -> Memory | None:
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
         generate(loaded.model, prompt(loaded.model, Workload(probe.batch, probe.length)))
-        return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices), False)
+        return Memory("cuda", 0, held, sum(torch.cuda.max_memory_allocated(device) for device in devices))
     if loaded.device.type != "cpu":
         return None  # resident memory says nothing of memory on an accelerator
     settled = int(process.memory_info().rss)
-    with_loading = not _forget_peak()
+    try:
+        CLEAR.write_text("5", encoding="ascii")  # the peak starts anew, proc_pid_clear_refs(5): loading may need more
+    except OSError:
+        return None
     generate(loaded.model, prompt(loaded.model, Workload(probe.batch, probe.length)))
-    return Memory("resident", before, settled, _peak(), with_loading)
+    return Memory("resident", before, settled, _peak())
 
 
 def _release() -> None:
@@ -126,30 +126,9 @@ def _release() -> None:
 
 
 def _peak() -> int:
-    """Most bytes of this process that were in memory."""
-    # Preferred to ru_maxrss, which a process on Linux inherits from the one that started it.
-    known = _high_water()
-    if known is not None:
-        return known
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _forget_peak() -> bool:
-    """Start the peak anew from what is in memory now (proc_pid_clear_refs(5)); whether the system could."""
-    try:
-        CLEAR.write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return _high_water() is not None
-
-
-def _high_water() -> int | None:
-    try:
-        found = re.search(r"^VmHWM:\s*(\d+) kB", STATUS.read_text(encoding="ascii"), flags=re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
+    """Most bytes of this process that were in memory since the peak was started anew."""
+    status = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
+    return int(status["VmHWM"].removesuffix("kB")) * 1024
 
 
 if __name__ == "__main__":

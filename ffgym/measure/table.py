@@ -110,14 +110,13 @@ def _memory_note(found: Measurement, dense: Memory, pruned: Memory) -> str:
         "resident": "resident memory of a fresh process",
         "cuda": "memory that torch's CUDA allocator handed out in a fresh process",
     }[dense.kind]
-    loading = ", loading included" if dense.with_loading or pruned.with_loading else ""
     libraries = f", beyond the {humane(dense.before, 'B')} of Python and the libraries" if dense.before else ""
     loaded, peak = dense.net_loaded - pruned.net_loaded, dense.net_peak - pruned.net_peak
     weights = found.dense.weight_bytes - found.pruned.weight_bytes
     cache = batch * length * (found.dense.kv_bytes - found.pruned.kv_bytes)
     more = f", and the cache at the peak {_less(cache)}" if cache else ""
     return (
-        f"Memory: {what}{libraries}; peak at {batch} x {length:,} tokens{loading}. The pruned model takes "
+        f"Memory: {what}{libraries}; peak at {batch} x {length:,} tokens. The pruned model takes "
         f"{_less(loaded)} once loaded and {_less(peak)} at the peak; the parameters say {_less(weights)}{more}."
     )
 

@@ -32,7 +32,7 @@ def make_up_memory(patch: pytest.MonkeyPatch) -> list[Any]:
 
     def measured(job: Any) -> Memory:
         jobs.append(job)
-        return Memory("resident", 1000, 5000 - 1000 * len(jobs), 9000 - 1000 * len(jobs), False)
+        return Memory("resident", 1000, 5000 - 1000 * len(jobs), 9000 - 1000 * len(jobs))
 
     patch.setattr(measure_module, "measure_memory", measured)
     return jobs

@@ -28,7 +28,7 @@ DENSE = Footprint(
     disk_dtype="float16",
     macs=169.9e6,
     kv_bytes=23_040,
-    memory=Memory("resident", before=400 * MB, loaded=690 * MB, peak=750 * MB, with_loading=False),
+    memory=Memory("resident", before=400 * MB, loaded=690 * MB, peak=750 * MB),
 )
 PRUNED = replace(
     DENSE,
@@ -38,7 +38,7 @@ PRUNED = replace(
     disk_bytes=227 * MB,
     disk_dtype="bfloat16",
     macs=148.6e6,
-    memory=Memory("resident", before=401 * MB, loaded=649 * MB, peak=706 * MB, with_loading=False),
+    memory=Memory("resident", before=401 * MB, loaded=649 * MB, peak=706 * MB),
 )
 FOUND = Measurement(
     dense=DENSE,
@@ -110,13 +110,8 @@ def test_a_smaller_cache_is_named_beside_the_parameters():
     assert "the parameters say 42.0 MB less, and the cache at the peak 31.5 MB less." in footnotes(found)[-1]
 
 
-def test_a_peak_that_includes_loading_says_so():
-    found = replace(FOUND, dense=replace(DENSE, memory=replace(DENSE.memory, with_loading=True)))
-    assert "4 x 1,024 tokens, loading included" in footnotes(found)[-1]
-
-
 def test_memory_of_a_gpu_is_named_as_such():
-    memory = Memory("cuda", before=0, loaded=270 * MB, peak=300 * MB, with_loading=False)
+    memory = Memory("cuda", before=0, loaded=270 * MB, peak=300 * MB)
     found = replace(FOUND, dense=replace(DENSE, memory=memory), pruned=replace(PRUNED, memory=memory), threads=0)
     assert "CUDA allocator handed out in a fresh process; peak" in footnotes(found)[-1]
     assert "thread" not in footnotes(found)[0]

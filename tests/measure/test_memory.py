@@ -84,7 +84,7 @@ def test_on_several_gpus_it_is_their_sum(probe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", dict(zip(places, (300, 200), strict=True)).get)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", dict(zip(places, (500, 400), strict=True)).get)
-    assert memory._run(probe) == Memory("cuda", before=0, loaded=500, peak=900, with_loading=False)
+    assert memory._run(probe) == Memory("cuda", before=0, loaded=500, peak=900)
 
 
 def test_of_other_accelerators_there_is_no_figure(probe, monkeypatch):
@@ -95,17 +95,6 @@ def test_of_other_accelerators_there_is_no_figure(probe, monkeypatch):
     assert memory._run(probe) is None
 
 
-class TestOffLinux:
-    """No /proc: what getrusage says, loading included."""
-
-    @pytest.fixture(autouse=True)
-    def _no_proc(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(memory, "STATUS", tmp_path / "nothing" / "status")
-        monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
-
-    def test_the_peak_is_that_of_the_whole_process(self, probe):
-        found = memory._run(probe)
-        assert isinstance(found, Memory)
-        assert found.with_loading
-        assert 0 < found.before < found.loaded <= found.peak
-        assert found.peak > 2**24
+def test_where_the_peak_of_loading_is_not_forgotten_there_is_no_figure(probe, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "nothing" / "clear_refs")
+    assert memory._run(probe) is None
