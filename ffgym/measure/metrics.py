@@ -22,12 +22,10 @@ class Metric(Plugin, ABC):
     """Scores a model on examples of its own; the figure is the mean of the scores, with its standard error.
 
     Attributes:
-        higher_is_better: which way is good.
         text: what the examples are from, for the table.
     """
 
     kind = "metric"
-    higher_is_better: ClassVar[bool] = True
     text: ClassVar[str] = ""
 
     @abstractmethod
@@ -46,7 +44,6 @@ class Loss(Metric):
     """Nats per token on the demo's Wikipedia text, which no search sees; the scores are those of windows."""
 
     name = "loss"
-    higher_is_better = False
     text = "demo:wiki"
 
     def scores(self, model: Any, tokenizer: Any, *, limit: int | None, on_progress: OnStep) -> Sequence[float]:

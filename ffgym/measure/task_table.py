@@ -223,10 +223,7 @@ def _model_dict(table: TaskTable, index: int) -> JSONDict:
 
 
 def _figures(figures: Iterable[Figure]) -> JSONDict:
-    return {
-        figure.name: {"value": figure.value, "stderr": figure.stderr, "higher_is_better": figure.higher_is_better}
-        for figure in figures
-    }
+    return {figure.name: {"value": figure.value, "stderr": figure.stderr} for figure in figures}
 
 
 def _json(table: TaskTable) -> str:

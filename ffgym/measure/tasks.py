@@ -44,7 +44,6 @@ class Figure:
     name: str  # lm-eval's name, e.g. "acc_norm"; "mean" of a metric's scores
     value: float  # as lm-eval reports it: an accuracy is a share in [0, 1]
     stderr: float | None  # its standard error over examples; None where lm-eval gives none (a single example)
-    higher_is_better: bool  # which way is good
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def evaluate_task(
         split=task.split,
         examples=count["effective"],
         available=count["original"],
-        metrics=_metrics(found["results"][task.name], found["higher_is_better"][task.name]),
+        metrics=_metrics(found["results"][task.name]),
         truncated=harness.truncated,
         not_finite=harness.not_finite,
     )
@@ -122,7 +121,7 @@ def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: 
         scores = score(metric, model.model, model.tokenizer, limit, on_progress)
     count, broken = len(scores), sum(not math.isfinite(number) for number in scores)
     error = None if broken else standard_error(scores)
-    figure = Figure("mean", sum(scores) / count, error, metric.higher_is_better)
+    figure = Figure("mean", sum(scores) / count, error)
     return TaskResult(metric.name, str(metric.edition), metric.text, count, count, (figure,), not_finite=broken)
 
 
@@ -136,7 +135,7 @@ def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress:
     count, broken = len(found.losses), sum(not math.isfinite(loss) for loss in found.losses)
     perplexity = perplexity_of(sum(found.losses) / count)
     error = None if broken else standard_error(found.losses)
-    figure = Figure("perplexity", perplexity, None if error is None else error * perplexity, False)
+    figure = Figure("perplexity", perplexity, None if error is None else error * perplexity)
     return TaskResult(
         task=corpus.name,
         version="",
@@ -149,7 +148,7 @@ def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress:
     )
 
 
-def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> tuple[Figure, ...]:
+def _metrics(found: Mapping[str, Any]) -> tuple[Figure, ...]:
     """lm-eval's flat ``acc,none`` and ``acc_stderr,none``; a filter other than none becomes part of the name."""
     metrics = []
     for key, value in found.items():
@@ -162,7 +161,6 @@ def _metrics(found: Mapping[str, Any], higher_is_better: Mapping[str, bool]) -> 
                 name=name if filtered == "none" else f"{name} ({filtered})",
                 value=float(value),
                 stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                higher_is_better=higher_is_better.get(name, True),
             )
         )
     return tuple(metrics)
@@ -306,5 +304,5 @@ def paper_means(results: Sequence[TaskResult]) -> tuple[Figure, ...]:
         metrics = [by_name[task].metric(*names) for task in PAPER_TASKS]
         errors = [metric.stderr for metric in metrics if metric.stderr is not None]
         stderr = math.hypot(*errors) / len(metrics) if len(errors) == len(metrics) else None
-        means.append(Figure(label, sum(metric.value for metric in metrics) / len(metrics), stderr, True))
+        means.append(Figure(label, sum(metric.value for metric in metrics) / len(metrics), stderr))
     return tuple(means)

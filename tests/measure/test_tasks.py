@@ -97,7 +97,7 @@ def test_a_result_says_split_examples_and_version(model):
     assert (result.task, result.split, result.examples, result.available) == ("arc_easy", "test", 3, 7)
     assert result.version == "1.0"
     assert [metric.name for metric in result.metrics] == ["acc", "acc_norm"]
-    assert all(metric.stderr is not None and metric.higher_is_better for metric in result.metrics)
+    assert all(metric.stderr is not None for metric in result.metrics)
     assert (result.truncated, result.not_finite) == (0, 0)
 
 
@@ -145,9 +145,9 @@ def test_another_split_than_lm_evals_own_is_told(model):
 
 def test_the_mean_needs_all_seven_tasks_and_combines_their_errors():
     def result(task: str, acc: float, norm: float | None) -> TaskResult:
-        metrics = [Figure("acc", acc, 0.07, True)]
+        metrics = [Figure("acc", acc, 0.07)]
         if norm is not None:
-            metrics.append(Figure("acc_norm", norm, 0.14, True))
+            metrics.append(Figure("acc_norm", norm, 0.14))
         return TaskResult(task, "1.0", "test", 10, 10, tuple(metrics))
 
     results = [result(task, 0.5, None if task in ("boolq", "winogrande") else 0.7) for task in PAPER_TASKS]
