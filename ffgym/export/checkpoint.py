@@ -31,6 +31,7 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.loading_errors import quiet
 from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
 from ffgym.plugins.architectures import MODEL_CONFIG
+from ffgym.report.card import LOAD_CODE
 from ffgym.types import Kind
 
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
@@ -218,14 +219,7 @@ def load_line(directory: Path) -> str:
 def load_code(directory: Path) -> str:
     """Python that loads a saved model and its tokenizer."""
     loader, options = _loader(directory)
-    return "\n".join(
-        [
-            f"from transformers import {loader}, AutoTokenizer",
-            f"folder = {str(directory)!r}",
-            f"model = {loader}.from_pretrained(folder{options})",
-            f"tokenizer = AutoTokenizer.from_pretrained(folder{options})",
-        ]
-    )
+    return LOAD_CODE.format(loader=loader, folder=str(directory), options=options)
 
 
 def _loader(directory: Path) -> tuple[str, str]:

@@ -17,16 +17,12 @@ UNITS: dict[Kind, str] = {
     "experts": "experts",
 }
 
-LOADING = """\
-```python
+LOAD_CODE = """\
 from transformers import {loader}, AutoTokenizer
 
-folder = "path/to/this/folder"
+folder = {folder!r}
 tokenizer = AutoTokenizer.from_pretrained(folder{options})
-model = {loader}.from_pretrained(folder{options})
-```
-
-{explanation}"""
+model = {loader}.from_pretrained(folder{options})"""
 
 UNEVEN = """\
 The layers differ in size, which the stock classes of transformers do not read; `trust_remote_code=True` lets it run
@@ -116,11 +112,12 @@ def loading(*, stock: bool, towers: bool = False) -> str:
         towers: the model is saved with what it was taken out of.
     """
     explanation = [STOCK] if stock else [UNEVEN] if towers else [UNEVEN, REGISTERED]
-    return LOADING.format(
+    code = LOAD_CODE.format(
         loader="AutoModelForImageTextToText" if towers else "AutoModelForCausalLM",
+        folder="path/to/this/folder",
         options="" if stock else ", trust_remote_code=True",
-        explanation="\n".join([*explanation, *([TOWERS] if towers else [])]),
     )
+    return "\n".join([f"```python\n{code}\n```\n", *explanation, *([TOWERS] if towers else [])])
 
 
 def _summary(
