@@ -21,7 +21,8 @@ from statistics import median
 from string import ascii_lowercase
 from typing import Any
 
-from ffgym.measure.engines import HOST, Running, Server, Setting, running
+from ffgym.measure.engines import Setting
+from ffgym.measure.server import HOST, Running, Server, running
 from ffgym.measure.speed import Workload
 
 ANSWER_SECONDS = 900

@@ -25,7 +25,8 @@ from ffgym.errors import ConfigError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.files import check_room
 from ffgym.measure.bursts import prompt_maker, serve_in_turn
-from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Server, Setting, check_dtype
+from ffgym.measure.engines import DENSE, ENGINES, ServedModel, Setting, check_dtype
+from ffgym.measure.server import Server
 from ffgym.measure.serving import SPARE_TOKENS
 from ffgym.measure.speed import Workload
 from ffgym.models.cut import PrunableModel

@@ -24,8 +24,8 @@ from ffgym.costs.resource import Setting, resource_named
 from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError
 from ffgym.measure import served_latency
 from ffgym.measure.bursts import Answer, Burst
-from ffgym.measure.engines import Server
 from ffgym.measure.served_latency import served_latency_table
+from ffgym.measure.server import Server
 from ffgym.models.loading import load
 from ffgym.testing.models import tiny_model
 

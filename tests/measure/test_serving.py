@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,14 +19,14 @@ import psutil
 import pytest
 from fake_engine import noted
 from glass_runs import glass_home
-from processes import interrupted, until
+from processes import has_ended, interrupted, until
 from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError, ModelError
-from ffgym.measure import engines
+from ffgym.measure import server as server_module
 from ffgym.measure.serving import Served, ServingMeasurement, measure_serving
 from ffgym.measure.speed import Workload
 from ffgym.models.loading import load
@@ -45,14 +44,6 @@ def serve_quickly(folder: Path, **changes: Any) -> ServingMeasurement:
     quick: dict[str, Any] = {"requests": (2,), "prompt_lengths": (16,), "output_tokens": 4, "repetitions": 1}
     quick |= {"engine": "vllm", "dense": str(glass_home() / "glass"), "progress": Console(file=io.StringIO())}
     return measure_serving(folder, **(quick | changes))
-
-
-def has_ended(pid: int) -> bool:
-    """Also where nobody has noticed yet."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def assert_no_process_is_left(log: Path) -> None:
@@ -138,68 +129,6 @@ def test_a_stock_model_needs_no_other_backend(log: Path) -> None:
     assert "--trust-remote-code" not in noted(log, "asked")[-1]["arguments"]
 
 
-STARTS_AND_WAITS = """
-import sys, time
-from pathlib import Path
-from ffgym.interrupts import interruptible
-from ffgym.measure.engines import Server, running
-with interruptible(), running(Server("dense", tuple(sys.argv[2:])), Path(sys.argv[1])):
-    print("up", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_sigterm_ends_a_server_that_hangs_and_what_it_has_started(
-    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FAKE_HANGS", "1")
-    server = [sys.executable, fake_engine.__file__, "--model", "x"]
-    command = [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path / "server.log"), *server]
-    done = interrupted(command, signal.SIGTERM, lambda: noted(log, "started"))
-    assert "KeyboardInterrupt" in done.stderr
-    assert_no_process_is_left(log)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent was killed")
-def test_a_server_ends_when_the_process_that_started_it_is_killed(log: Path, tmp_path: Path) -> None:
-    server = [sys.executable, fake_engine.__file__, "--model", "x"]
-    interrupted(
-        [sys.executable, "-c", STARTS_AND_WAITS, str(tmp_path / "server.log"), *server],
-        signal.SIGKILL,
-        lambda: noted(log, "started"),
-    )
-    (started,) = noted(log, "started")
-    own, child = started["pids"]
-    until(lambda: has_ended(own))
-    os.kill(child, signal.SIGKILL)  # a real engine ends its children on SIGTERM
-
-
-ENDS_WHEN_ASKED = """
-import os, signal, sys, time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-server = os.getpid()
-if os.fork():
-    time.sleep(600)
-class Other(BaseHTTPRequestHandler):
-    def do_GET(self):
-        os.kill(server, signal.SIGKILL)
-        while os.getppid() == server:
-            time.sleep(0.01)
-        self.send_response(200)
-        self.end_headers()
-HTTPServer(("127.0.0.1", int(sys.argv[-1])), Other).serve_forever()
-"""
-
-
-def test_an_answer_from_somebody_else_is_not_the_servers(tmp_path: Path) -> None:
-    server = engines.Server("dense", (sys.executable, "-c", ENDS_WHEN_ASKED))
-    with (
-        pytest.raises(ModelError, match="'dense' ended with signal 9 before it answered"),
-        engines.running(server, tmp_path / "server.log"),
-    ):
-        pass
-
-
 @pytest.mark.slow
 def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log: Path) -> None:
     command = [sys.executable, "-m", "ffgym", "measure", str(pruned), "--dense", str(glass_home() / "glass")]
@@ -279,7 +208,7 @@ def test_a_server_that_does_not_answer_in_time_is_ended(
     pruned: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_HANGS", "1")
-    monkeypatch.setattr(engines, "START_SECONDS", 1)
+    monkeypatch.setattr(server_module, "START_SECONDS", 1)
     with pytest.raises(ModelError, match="did not answer within"):
         serve_quickly(pruned)
     assert_no_process_is_left(log)
