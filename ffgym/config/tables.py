@@ -87,7 +87,7 @@ class ModelTable(Strict):
     name: Text = Field(default="demo", description="demo, a hub id, a folder, or a .gguf file")
     revision: OptionalText = Field(default=None, description="hub branch, tag or commit; empty for the default")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto (measured once) | float32 | bfloat16 | float16"
+        default="auto", description="auto (what the device is fast at) | float32 | bfloat16 | float16"
     )
     device: str = Field(
         default="auto",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import time
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,7 @@ from torch import nn
 from ffgym.errors import ModelError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# How much faster bfloat16 must be on a CPU before its 8 significant bits are worth it.
-WORTHWHILE_SPEEDUP = 1.5
-# A CPU without instructions for it takes up to 60 times as long for a product: one probe, cut short, tells.
-HOPELESS_SPEEDUP = 0.5
-PAUSES = (0.0, 0.2, 0.5)  # seconds before each probe of it; one that finds it worthwhile, or hopeless, is the last
+CPU_FACTS = Path("/proc/cpuinfo")
 # oneDNN keeps the code that it makes for each shape of a product, 0.4 MB and more, of 1,024 shapes. Where MLPs keep any
 # number of channels, every cut brings new shapes; where their widths are aligned, all shapes of a search find room.
 KEPT_KERNELS = 256
@@ -32,51 +29,22 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """The dtype that ``"auto"`` means on a device.
 
-    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where a short probe finds its matrix products at
-    least 1.5 times as fast as float32's, else float32. Elsewhere: float32.
+    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where it has instructions for its products, else
+    float32: a rule and not a timing, which what else the machine does would decide. Elsewhere: float32.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):  # the question is always about the current one
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and cpu_bfloat16_speedup() >= WORTHWHILE_SPEEDUP:
+    if device.type == "cpu" and cpu_multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32
 
 
-@functools.cache
-def cpu_bfloat16_speedup() -> float:
-    """How many times faster than float32 this CPU multiplies bfloat16 matrices; probed once a process (0.1 s or so).
-
-    What else the machine does can hide the speed for a moment, so a probe that does not find it is repeated.
-    """
-    found = 0.0
-    for pause in PAUSES:
-        time.sleep(pause)
-        found = max(found, _probed_speedup())
-        if not HOPELESS_SPEEDUP <= found < WORTHWHILE_SPEEDUP:
-            break
-    return found
-
-
-def _probed_speedup() -> float:
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    # In turns, so that whatever else the machine does slows both down; the best time of each is free of that.
-    for attempt in range(48):
-        for dtype in best:
-            seconds = _matmul_seconds(dtype)
-            if attempt > 0:
-                best[dtype] = min(best[dtype], seconds)
-        if attempt > 1 and best[torch.float32] < HOPELESS_SPEEDUP * best[torch.bfloat16]:
-            break
-    return best[torch.float32] / best[torch.bfloat16]
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """One product of a 256 x 576 and a 576 x 1536 matrix."""
-    left, right = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    start = time.perf_counter()
-    torch.mm(left, right)
-    return time.perf_counter() - start
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16, which take longer than float32's without them."""
+    with suppress(OSError):  # not Linux
+        return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", CPU_FACTS.read_text("utf-8")) is not None
+    return False
 
 
 def tokens_per_batch(device: torch.device | str) -> int:

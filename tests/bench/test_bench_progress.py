@@ -94,13 +94,13 @@ def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, steps: l
 def test_a_search_is_never_made_of_two_dtypes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
-    """``auto`` is a probe, and a busy machine may answer otherwise in the next sitting."""
+    """``auto`` follows the processor, and the next sitting may have another one."""
     file = bench_file(tmp_path, tables={"model": {"dtype": "auto"}})
     steps[0] = PER_UPDATE + 1
-    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: True)
     with pytest.raises(KeyboardInterrupt):
         bench([file], progress=Console(quiet=True))
-    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: False)
     steps[:] = [10**6]
     bench([file], progress=Console(quiet=True))
     assert len(steps) - 1 == EPISODES, "nothing is taken from the bfloat16 search"

@@ -1,6 +1,5 @@
 import contextlib
 import fnmatch
-import itertools
 import json
 import logging
 import shutil
@@ -107,9 +106,22 @@ def test_the_dtype_is_what_was_asked(saved, dtype):
     assert load(str(saved), dtype=dtype, device="cpu").dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize(("speedup", "chosen"), [(5.0, torch.bfloat16), (1.5, torch.bfloat16), (1.49, torch.float32)])
-def test_auto_takes_bfloat16_on_a_cpu_only_where_it_pays(saved, monkeypatch, caplog, speedup, chosen):
-    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: speedup)
+@pytest.mark.parametrize(
+    ("facts", "chosen"),
+    [
+        ("flags\t\t: fma avx512_bf16 amx_bf16 amx_tile", torch.bfloat16),
+        ("flags\t\t: fma avx512f avx512_bf16 rdpid", torch.bfloat16),
+        ("Features\t: asimd svebf16 i8mm bf16 dgh", torch.bfloat16),
+        ("flags\t\t: fma avx avx2 bmi2", torch.float32),
+        ("flags\t\t: fma avx2 avx512f avx512_vnni", torch.float32),
+        (None, torch.float32),
+    ],
+    ids=["AMX", "AVX512-BF16", "ARM", "AVX2", "AVX512", "no file"],
+)
+def test_auto_takes_bfloat16_on_a_cpu_that_has_instructions_for_it(saved, tmp_path, monkeypatch, caplog, facts, chosen):
+    monkeypatch.setattr(placement, "CPU_FACTS", tmp_path / "cpuinfo")
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: a processor\n{facts}\n")
     with caplog.at_level(logging.INFO, logger="ffgym"):
         loaded = load(str(saved), device="cpu")
     assert loaded.dtype == chosen
@@ -123,31 +135,6 @@ def test_auto_on_cuda_follows_the_gpu(monkeypatch, supported, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
     assert placement.choose_dtype(torch.device("cuda:1")) == chosen
     assert asked == [torch.device("cuda:1")]
-
-
-def test_a_busy_moment_does_not_decide_the_dtype(monkeypatch):
-    calls = itertools.count()
-
-    def seconds(dtype):
-        is_busy = next(calls) < 2 * 48  # the first probe
-        return 1.0 if is_busy or dtype is torch.float32 else 0.25
-
-    monkeypatch.setattr(placement, "_matmul_seconds", seconds)
-    monkeypatch.setattr(placement, "PAUSES", (0.0, 0.0, 0.0))
-    assert placement.cpu_bfloat16_speedup.__wrapped__() == 4.0
-    assert next(calls) == 2 * 2 * 48  # and no third probe
-
-
-def test_a_cpu_without_bfloat16_is_not_probed_for_long(monkeypatch):
-    asked = []
-
-    def seconds(dtype):
-        asked.append(dtype)
-        return 0.007 if dtype is torch.float32 else 0.4
-
-    monkeypatch.setattr(placement, "_matmul_seconds", seconds)
-    assert placement.cpu_bfloat16_speedup.__wrapped__() < 0.02
-    assert asked.count(torch.bfloat16) == 3  # each takes long there
 
 
 def test_nothing_is_printed_and_the_librarys_progress_bars_come_back(saved, capfd):

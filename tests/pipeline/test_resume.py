@@ -339,14 +339,14 @@ def test_a_session_without_tracking_does_not_lose_the_mlflow_run(tmp_path: Path,
 
 
 def test_a_run_is_never_made_of_two_dtypes(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``auto`` is a probe, and a busy machine may answer otherwise in the next session."""
+    """``auto`` follows the processor, and the next session may have another one."""
     auto = {**glass_tables(tmp_path)["model"], "dtype": "auto"}
     whole, _ = go(config(tmp_path / "whole", model={**auto, "dtype": "float32"}))
-    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: False)
     steps[0] = len(steps) + 4
     with pytest.raises(KeyboardInterrupt):
         go(config(tmp_path, model=auto))
-    monkeypatch.setattr(placement, "cpu_bfloat16_speedup", lambda: 2.0)
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: True)
     steps[0] = 10**6
     result, said = go(config(tmp_path, model=auto), resume=tmp_path / "out")
     assert "float32 on cpu" in said
