@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import re
 import shlex
@@ -30,17 +29,6 @@ BLOCK = re.compile(r"blk\.(\d+)\.")
 USE_THE_SOURCE = "Name the safetensors folder that it was made from, or start from the dense model."
 
 
-def digest_of(gguf: Path) -> str:
-    """SHA-256 of a file, computed once a process: a run asks several times, and the file may be large."""
-    stat = gguf.stat()
-    return _digest(gguf, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _digest(gguf: Path, size: int, modified: int) -> str:
-    return sha256(gguf)
-
-
 def dequantised(gguf: Path, content: str, *, any_family: bool = False) -> Path:
     """The folder of a GGUF's safetensors copy, made on the first call; ``content`` is a hash of the file."""
 
@@ -61,7 +49,7 @@ def converted(gguf: Path) -> Path | None:
     """
     if not any(each.name.startswith(gguf.stem) for each in _folder_of(gguf, "").parent.glob("*")):
         return None  # before the file is read
-    folder = _folder_of(gguf, digest_of(gguf))
+    folder = _folder_of(gguf, sha256(gguf))
     return folder if is_whole(folder) else None
 
 

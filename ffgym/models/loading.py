@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ffgym.data.assets import SMOLLM2, fetch
+from ffgym.data.cache import sha256
 from ffgym.data.hub import is_hub_id
 from ffgym.errors import ModelError
 from ffgym.models.checkpoint import (
@@ -25,7 +26,7 @@ from ffgym.models.checkpoint import (
     read_config,
     weight_files,
 )
-from ffgym.models.dequantise import converted, dequantised, digest_of, refuse_what_would_be_lost
+from ffgym.models.dequantise import converted, dequantised, refuse_what_would_be_lost
 from ffgym.models.families import register_saved
 from ffgym.models.hub import check_hub_config, hub_folder, only_cached
 from ffgym.models.loading_errors import explained
@@ -319,7 +320,7 @@ def _locate(name: str, *, any_family: bool = True) -> tuple[Path | None, str]:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model file {name!r} does not exist", hint="Check the path.")
-        folder = dequantised(path, digest_of(path), any_family=any_family)
+        folder = dequantised(path, sha256(path), any_family=any_family)
         return folder, f"{path.name}, dequantised from GGUF"
     if path.is_dir():
         check_folder(path)

@@ -191,7 +191,7 @@ def test_an_asset_may_keep_the_folders_of_its_files(asset, by_hand):
 def fetched(asset, by_hand):
     """The one file of an asset in the cache, as a new process finds it."""
     file = fetch(asset) / "a.utf8"
-    cache_module._verified.clear()
+    cache_module._known.clear()
     return file
 
 
@@ -220,7 +220,7 @@ def test_what_is_damaged_is_made_again_with_a_word_about_it(fetched, asset, cach
 def test_a_record_that_is_damaged_is_made_again_too(fetched, asset, cache, capfd):
     (fetched.parent / cache_module.RECORD).write_text("{")
     fetch(asset)
-    cache_module._verified.clear()
+    cache_module._known.clear()
     capfd.readouterr()
     fetch(asset)
     assert capfd.readouterr().err == ""
@@ -238,7 +238,8 @@ def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, by_ha
     assert fetched.read_bytes() == damaged
 
 
-def test_files_are_verified_once_a_process(fetched, asset, cache, monkeypatch):
+def test_files_are_read_once_a_process(asset, by_hand, monkeypatch):
+    """What was written beside its place is known there, too."""
     fetch(asset)
-    monkeypatch.setattr(cache_module, "sha256", lambda path: pytest.fail("verified again"))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("read again"))
     fetch(asset)
