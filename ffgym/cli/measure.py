@@ -18,6 +18,7 @@ from ffgym.cli.options import JsonOption, OverwriteFileOption, key_option
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import PruneTable
 from ffgym.files import check_file, write_text
+from ffgym.report.layout import strict
 
 EngineArgsOption = Annotated[
     str, typer.Option(help="more arguments of the engine, e.g. --enforce-eager", show_default=False)
@@ -112,7 +113,7 @@ def measure(
     tables = found.tables()
     if output is not None:
         markdown = "\n".join(table.markdown() for table in tables)
-        _write(output, markdown if output.suffix == ".md" else json.dumps(asdict(found), indent=2) + "\n")
+        _write(output, markdown if output.suffix == ".md" else json.dumps(strict(asdict(found)), indent=2) + "\n")
     if as_json:
         print_json(asdict(found))
     else:

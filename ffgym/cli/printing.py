@@ -21,4 +21,4 @@ def print_columns(rows: Iterable[Sequence[str]]) -> None:
 
 def print_json(data: Any) -> None:
     """Print strict JSON: what is no number becomes null, a path its text."""
-    typer.echo(json.dumps(strict(data), indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    typer.echo(json.dumps(strict(data), indent=2, ensure_ascii=False))

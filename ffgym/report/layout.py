@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+from pydantic_core import from_json, to_json
 
 from ffgym.types import JSONDict
 
@@ -205,11 +206,4 @@ def counted(number: int, thing: str) -> str:
 
 def strict(data: T) -> T:
     """The same data with ``None`` for NaN and the infinities, which JSON has no numbers for."""
-    found: Any = data
-    if isinstance(data, Mapping):
-        found = {key: strict(value) for key, value in data.items()}
-    elif isinstance(data, list | tuple):
-        found = [strict(value) for value in data]
-    elif isinstance(data, float) and not math.isfinite(data):
-        found = None
-    return cast(T, found)
+    return cast(T, from_json(to_json(data, inf_nan_mode="null")))

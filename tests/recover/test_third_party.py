@@ -190,7 +190,7 @@ def test_a_method_that_breaks_is_named(
     assert complaint in done.stderr
 
 
-@pytest.mark.parametrize("change", [("curve={", "curve=None and {"), ('"gain": float("nan")', '"gain": {1}')])
+@pytest.mark.parametrize("change", [("curve={", "curve=None and {"), ('"gain": float("nan")', '"gain": object()')])
 def test_a_curve_that_cannot_be_kept_loses_no_training(
     install: Callable[..., None], pruned: Path, tmp_path: Path, change: tuple[str, str]
 ) -> None:
@@ -198,7 +198,7 @@ def test_a_curve_that_cannot_be_kept_loses_no_training(
     out = tmp_path / "out"
     done = call("recover", pruned, "--method", "shrink", "--output", out)
     assert done.exit_code == 0, done.output
-    assert "recovery 'shrink' (package acme-broken 1.0) failed while handing back its curve: TypeError" in done.stderr
+    assert "recovery 'shrink' (package acme-broken 1.0) failed while handing back its curve: " in done.stderr
     assert torch.equal(head(out), head(pruned / "model") * 0.75**2)
     assert not (tmp_path / "out.unfinished").exists()
     curve = json.loads((out / "recovery.json").read_text())
