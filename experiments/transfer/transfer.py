@@ -34,7 +34,8 @@ from ffgym.config.refusals import config_error
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import read_toml
 from ffgym.costs.resource import standard_resources
-from ffgym.data.examples import EncodedExample, encode, reported_examples
+from ffgym.data import task_data
+from ffgym.data.examples import PROMPTS, EncodedExample, Prompt, Row, encode, examples_of
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.errors import DataError, FFGymError
 from ffgym.evaluation.multiple_choice import batches, padded, right_answers
@@ -51,6 +52,19 @@ from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Evaluation, JSONDict
 
 TEXT_SEED, EXAMPLES_SEED = 104_729, 15_485_863  # draws that no search makes
+
+
+def _piqa(row: Row) -> tuple[str, list[str], int]:
+    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
+
+
+def _sciq(row: Row) -> tuple[str, list[str], int]:
+    answers = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", answers, 3
+
+
+# lm-eval's, of what can be reported: those of a search, and two of which ffgym has the reported split alone.
+REPORTED: dict[str, Prompt] = {**PROMPTS, "piqa": _piqa, "sciq": _sciq}
 
 
 class Settings(Strict):
@@ -168,7 +182,8 @@ class Bench:
 
     def _questions(self, task: str, count: int) -> list[EncodedExample]:
         """A draw of a task's reported questions."""
-        found = reported_examples(task)
+        rows = task_data.task_dataset(task)[task_data.reported_split(task)]
+        found = examples_of(task, rows, REPORTED[task])
         chosen = np.sort(np.random.default_rng([EXAMPLES_SEED, len(task)]).choice(len(found), count, replace=False))
         loaded = self.space.loaded
         return [encode(found[i], loaded.tokenizer, context_limit=loaded.context_limit) for i in chosen]

@@ -1,21 +1,22 @@
 """Multiple-choice examples: a question as text, its answers, and the same as token ids.
 
 Prompts are those of lm-eval, so that accuracies mean the same. What a search may be rewarded on is the split that the
-zero-shot report does not show; tasks whose data hold one split only are there to be reported.
+zero-shot report does not show, so tasks whose data hold one split only have no prompt here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ffgym.data.splits import adds_bos
-from ffgym.data.task_data import TASKS, reported_split, task_dataset
+from ffgym.data.task_data import reported_split, task_dataset
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 
 Row = Mapping[str, Any]
+# Makes the context, the answers without their leading space, and the index of the right one out of a row.
+Prompt = Callable[[Row], tuple[str, list[str], int]]
 
 EXAMPLE_TOKENS = 45  # about what a question and its answers take, in arc_easy and with a large vocabulary
 
@@ -58,40 +59,8 @@ def _openbookqa(row: Row) -> tuple[str, list[str], int]:
     return _choices(row, row["question_stem"])
 
 
-def _piqa(row: Row) -> tuple[str, list[str], int]:
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"]
-
-
-def _sciq(row: Row) -> tuple[str, list[str], int]:
-    answers = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
-    return f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:", answers, 3
-
-
-def _hellaswag(row: Row) -> tuple[str, list[str], int]:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _without_artefacts(context), [_without_artefacts(ending) for ending in row["endings"]], int(row["label"])
-
-
-def _without_artefacts(text: str) -> str:
-    """WikiHow's headings and brackets, as lm-eval cleans HellaSwag of them."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-PROMPTS: Mapping[str, Callable[[Row], tuple[str, list[str], int]]] = {
-    "arc_easy": _arc,
-    "arc_challenge": _arc,
-    "openbookqa": _openbookqa,
-    "piqa": _piqa,
-    "sciq": _sciq,
-    "hellaswag": _hellaswag,
-}
-"""(context, answers without their leading space, index of the right one) of a row of the task's data set."""
-
-
-def searchable_tasks() -> list[str]:
-    """Every task that a reward may name: what is reported is not its validation split. Fetches nothing."""
-    return [task for task in PROMPTS if "validation" in TASKS[task] and reported_split(task) != "validation"]
+PROMPTS: Mapping[str, Prompt] = {"arc_easy": _arc, "arc_challenge": _arc, "openbookqa": _openbookqa}
+"""Of every task that a reward may name: what is reported is not its validation split."""
 
 
 def check_search_tasks(tasks: Sequence[str]) -> None:
@@ -99,16 +68,11 @@ def check_search_tasks(tasks: Sequence[str]) -> None:
 
     Raises:
         UnknownNameError: no such task; names the near match and the list.
-        ConfigError: named twice, or all data of the task are what is reported.
+        ConfigError: named twice.
     """
     for task in tasks:
         if task not in PROMPTS:
-            raise UnknownNameError("multiple-choice task", task, searchable_tasks())
-        if task not in searchable_tasks():
-            raise ConfigError(
-                f"a search cannot be rewarded on task {task!r}: all data that ffgym has of it are what is reported",
-                hint=f"Tasks that a reward may name: {', '.join(searchable_tasks())}.",
-            )
+            raise UnknownNameError("multiple-choice task", task, PROMPTS)
         if list(tasks).count(task) > 1:
             raise ConfigError(f"task {task!r} is named twice", hint="Name each task once.")
 
@@ -118,22 +82,17 @@ def search_examples(task: str) -> list[Example]:
 
     A question that the reported split asks as well is left out.
     """
-    splits = task_dataset(task)
-    reported = {example.context for example in _examples(task, splits[reported_split(task)])}
-    return [example for example in _examples(task, splits["validation"]) if example.context not in reported]
+    splits, prompt = task_dataset(task), PROMPTS[task]
+    reported = {example.context for example in examples_of(task, splits[reported_split(task)], prompt)}
+    found = examples_of(task, splits["validation"], prompt)
+    return [example for example in found if example.context not in reported]
 
 
-def reported_examples(task: str) -> list[Example]:
-    """Examples that figures are reported on, in the order of the data set; nothing selects on them."""
-    if task not in PROMPTS:
-        raise UnknownNameError("multiple-choice task", task, PROMPTS)
-    return _examples(task, task_dataset(task)[reported_split(task)])
-
-
-def _examples(task: str, rows: Sequence[Row]) -> list[Example]:
+def examples_of(task: str, rows: Sequence[Row], prompt: Prompt) -> list[Example]:
+    """The rows of a task's data set as examples, in their order."""
     examples = []
     for row in rows:
-        context, answers, right = PROMPTS[task](row)
+        context, answers, right = prompt(row)
         examples.append(Example(task, context, tuple(f" {answer}" for answer in answers), right))
     return examples
 

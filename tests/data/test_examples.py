@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import datasets
 import made_up_tasks
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -17,9 +16,8 @@ from ffgym.data.examples import (
     Example,
     check_search_tasks,
     encode,
-    reported_examples,
+    examples_of,
     search_examples,
-    searchable_tasks,
 )
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 
@@ -29,22 +27,6 @@ ROWS = {
         "question_stem": "Sun is",
         "choices": {"text": ["hot", "no"], "label": ["A", "B"]},
         "answerKey": " A",
-    },
-    "piqa": {"goal": "Boil water", "sol1": "heat", "sol2": "cool", "label": 0},
-    "sciq": {
-        "support": "\n Ice melts.",
-        "question": "What melts?",
-        "distractor1": "a",
-        "distractor2": "b",
-        "distractor3": "c",
-        "correct_answer": "ice",
-    },
-    "hellaswag": {
-        "activity_label": "Cooking",
-        "ctx_a": "A man  cooks [title] Step",
-        "ctx_b": "he then",
-        "endings": ["eats [step] it", "flies"],
-        "label": "0",
     },
 }
 
@@ -66,24 +48,21 @@ def lm_eval_definition(task):
 
 
 @pytest.mark.parametrize("task", sorted(PROMPTS))
-def test_prompts_are_those_of_lm_eval(task, monkeypatch):
+def test_prompts_are_those_of_lm_eval(task):
     """The same row through lm-eval's templates."""
-    from lm_eval.tasks.hellaswag.utils import process_docs
     from lm_eval.utils import apply_template
 
     row = ROWS.get(task, ROWS["arc_easy"])
     definition = lm_eval_definition(task)
-    document = process_docs(datasets.Dataset.from_list([row]))[0] if task == "hellaswag" else row
 
     def said(key):
         template = definition[key]
-        if template in document:
-            return document[template]
-        return apply_template(template, document) if isinstance(template, str) else template
+        if template in row:
+            return row[template]
+        return apply_template(template, row) if isinstance(template, str) else template
 
     answers = said("doc_to_choice")
-    monkeypatch.setattr(examples, "task_dataset", lambda name: {task_data.reported_split(name): [row]})
-    (example,) = reported_examples(task)
+    (example,) = examples_of(task, [row], PROMPTS[task])
     assert example.context == said("doc_to_text")
     assert [answer[1:] for answer in example.answers] == (
         ast.literal_eval(answers) if isinstance(answers, str) else answers
@@ -95,7 +74,8 @@ def test_prompts_are_those_of_lm_eval(task, monkeypatch):
 class TestSplits:
     def test_a_search_sees_another_split_than_the_report(self, monkeypatch):
         made_up_tasks.install(monkeypatch)
-        searched, reported = search_examples("arc_easy"), reported_examples("arc_easy")
+        rows = task_data.task_dataset("arc_easy")[task_data.reported_split("arc_easy")]
+        searched, reported = search_examples("arc_easy"), examples_of("arc_easy", rows, PROMPTS["arc_easy"])
         assert (len(searched), len(reported)) == (40, 60)
         assert all(e.context.startswith("Question: validation ") for e in searched)
         assert all(e.context.startswith("Question: test ") for e in reported)
@@ -109,7 +89,10 @@ class TestSplits:
         assert [e.context for e in search_examples("arc_easy")] == [f"Question: {q}\nAnswer:" for q in "ac"]
 
     def test_what_can_be_searched_on(self):
-        assert searchable_tasks() == ["arc_easy", "arc_challenge", "openbookqa"]
+        assert list(PROMPTS) == ["arc_easy", "arc_challenge", "openbookqa"]
+        for task in PROMPTS:
+            assert "validation" in task_data.TASKS[task]
+            assert task_data.reported_split(task) != "validation"
 
     def test_an_unknown_task_names_the_near_match_and_the_list(self):
         with pytest.raises(UnknownNameError, match="unknown multiple-choice task 'arc_eazy'") as caught:
@@ -118,17 +101,13 @@ class TestSplits:
         assert "openbookqa" in caught.value.hint
 
     def test_a_task_of_which_all_is_reported_is_refused(self):
-        with pytest.raises(ConfigError, match="'piqa': all data that ffgym has of it are what is reported") as caught:
+        with pytest.raises(UnknownNameError, match="'piqa'") as caught:
             check_search_tasks(["arc_easy", "piqa"])
-        assert "arc_easy, arc_challenge, openbookqa" in caught.value.hint
+        assert caught.value.hint == "Known: arc_challenge, arc_easy, openbookqa."
 
     def test_a_task_named_twice_is_refused(self):
         with pytest.raises(ConfigError, match="named twice"):
             check_search_tasks(["arc_easy", "arc_easy"])
-
-    def test_only_known_tasks_can_be_reported(self):
-        with pytest.raises(UnknownNameError, match="'boolq'"):
-            reported_examples("boolq")
 
 
 @pytest.fixture(scope="module")

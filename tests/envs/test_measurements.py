@@ -323,7 +323,7 @@ class TestBadInputs:
         ("options", "error", "said", "hint"),
         [
             ({"tasks": ["arc_eazy"]}, UnknownNameError, "'arc_eazy'", "Did you mean 'arc_easy'?"),
-            ({"tasks": ["piqa"]}, ConfigError, "what are reported|are what is reported", "arc_challenge"),
+            ({"tasks": ["piqa"]}, UnknownNameError, "unknown multiple-choice task .piqa.", "arc_challenge"),
             ({"tasks": []}, ConfigError, "needs accuracy, but names no tasks", "arc_easy"),
             ({"resource": "mac"}, UnknownNameError, "unknown resource 'mac'", "Did you mean 'macs'?"),
             ({"resource": "params"}, ConfigError, "weighs params, and the budget is in params", "macs"),
