@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from ffgym.cli import app
-from ffgym.errors import ModelError, OutputError
+from ffgym.errors import ConfigError, ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.format import Exported, export
 from ffgym.export.gguf.architectures import ARCHITECTURES
@@ -430,13 +430,10 @@ def test_an_output_matrix_that_only_the_config_calls_tied_is_written(tmp_path: P
     assert "output.weight" in {tensor.name for tensor in gguf.GGUFReader(written.path).tensors}
 
 
-def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
-    error = refused(pruned("llama", UNEVEN), tmp_path, dtype="q4_0")
-    assert "'q4_0'" in error.message
-    assert error.hint == "Use one of f32, f16, bf16; for fewer bits, quantise an f16 file with llama-quantize."
-    for index, (given, near) in enumerate({"bfloat16": "bf16", "F16": "f16", "Float32": "f32"}.items()):
-        again = tmp_path / str(index)
-        assert f"Did you mean {near}? " in str(refused(pruned("llama", UNEVEN), again, dtype=given).hint)
+def test_an_unknown_dtype_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype = 'q4_0': should be 'f32', 'f16' or 'bf16'") as raised:
+        export_gguf(tmp_path / "nothing", tmp_path / "m.gguf", dtype="q4_0")
+    assert "llama-quantize" in str(raised.value.hint)
 
 
 def edit(path: Path, **changes: Any) -> None:

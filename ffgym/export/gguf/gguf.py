@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gguf
 import torch
@@ -65,24 +65,19 @@ class Gguf(ExportFormat):
     class Config(PluginConfig):
         """Options of the format."""
 
-        dtype: str | None = Field(
-            default=None, description="of the matrices: f32, f16 or bf16; what the weights are in when left out"
+        dtype: Literal["f32", "f16", "bf16"] | None = Field(
+            default=None,
+            description="of the matrices: f32, f16 or bf16; what the weights are in when left out; for fewer bits, "
+            "quantise an f16 file with llama-quantize",
         )
 
     def write(self, folder: Path, target: Path, *, overwrite: bool, progress: OnStep) -> Exported:
         """Write a file whose name ends in ``.gguf``, one tensor in memory at a time; norms and biases as float32.
 
         Raises:
-            ModelError: also of an unknown dtype, and of a weight that float16 cannot hold.
+            ModelError: also of a weight that float16 cannot hold.
         """
-        place, dtype = target.resolve(), self.config.dtype
-        if dtype is not None and dtype not in DTYPES:
-            names = {name: (name, str(kind).removeprefix("torch.")) for name, (kind, *_) in DTYPES.items()}
-            near = next((f"Did you mean {name}? " for name, known in names.items() if dtype.lower() in known), "")
-            raise ModelError(
-                f"GGUF dtype {dtype!r} is unknown",
-                hint=f"{near}Use one of {', '.join(DTYPES)}; for fewer bits, quantise an f16 file with llama-quantize.",
-            )
+        place = target.resolve()
         check_file(place, [".gguf"], overwrite=overwrite)
         config, saved = read_checkpoint(folder)
         contents = read_contents(config, saved)
@@ -95,7 +90,7 @@ class Gguf(ExportFormat):
                 hint=OTHERWISE,
             )
         vocabulary = read_vocabulary(load_tokenizer(folder), config.vocab_size, _ends(folder))
-        chosen = dtype or saved.dtype(EMBEDDING).lower()
+        chosen = self.config.dtype or saved.dtype(EMBEDDING).lower()
         with replacing(place) as part, contextlib.closing(gguf.GGUFWriter(part, architecture.name)) as writer:
             _add_metadata(writer, architecture, contents, vocabulary, name=place.stem, dtype=chosen)
             _write(writer, tensors, chosen, progress)
