@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ffgym.errors import FFGymError, WorkerError
 from ffgym.report.layout import counted
-from ffgym.types import do_nothing
+from ffgym.types import Notify, do_nothing
 
 LISTEN_SECONDS = 0.1
 PAUSE_SECONDS = 5.0  # before a worker that was lost while loading is started again
@@ -126,7 +126,7 @@ class Pool:
         grace: seconds that an interrupted worker may take to end its job.
     """
 
-    def __init__(self, crew: Crew, size: int, notify: Callable[[str], None], grace: float = 0.0) -> None:
+    def __init__(self, crew: Crew, size: int, notify: Notify, grace: float = 0.0) -> None:
         self.size = size
         self._crew = crew
         self._notify = notify

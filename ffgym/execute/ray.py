@@ -88,7 +88,7 @@ class Cluster:
         is_own: whether nobody else uses it.
     """
 
-    def __init__(self, ray: Any, workers: Workers, notify: Callable[[str], None], *, is_own: bool) -> None:
+    def __init__(self, ray: Any, workers: Workers, notify: Notify, *, is_own: bool) -> None:
         self.workers = workers
         self._ray = ray
         self._notify = notify
@@ -180,7 +180,7 @@ def measuring(make_evaluator: Callable[[], Evaluator], reporter: Reporter) -> Ca
 
 
 @contextlib.contextmanager
-def connected(workers: Workers, notify: Callable[[str], None]) -> Iterator[Cluster]:
+def connected(workers: Workers, notify: Notify) -> Iterator[Cluster]:
     """Connect to Ray, or start one on this machine; what was started here ends with the block.
 
     In a process that has called ``ray.init`` itself, that is the cluster.
@@ -235,7 +235,7 @@ def _imported() -> Any:
     return ray
 
 
-def _begin(ray: Any, address: str | None, notify: Callable[[str], None]) -> None:
+def _begin(ray: Any, address: str | None, notify: Notify) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         own = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -257,7 +257,7 @@ def _begin(ray: Any, address: str | None, notify: Callable[[str], None]) -> None
         raise WorkerError(f"cannot join the Ray cluster at {at}: {first_line(error)}", hint=hint) from None
 
 
-def _start(ray: Any, options: dict[str, Any], notify: Callable[[str], None]) -> None:
+def _start(ray: Any, options: dict[str, Any], notify: Notify) -> None:
     """Start Ray; its processes have 30 seconds for it, which a busy machine may exceed once or twice."""
     earlier = psutil.Process().children()
     for attempt in range(1, ATTEMPTS + 1):
@@ -333,9 +333,7 @@ def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
 class RayCrew:
     """Workers as Ray actors; see `Crew`. ``options`` are the resources of each, ``on_line`` gets what they print."""
 
-    def __init__(
-        self, ray: Any, make: Make, options: dict[str, Any], threads: int, on_line: Callable[[str], None]
-    ) -> None:
+    def __init__(self, ray: Any, make: Make, options: dict[str, Any], threads: int, on_line: Notify) -> None:
         self._ray = ray
         self._make, self._options, self._threads, self._on_line = make, options, threads, on_line
         # As arguments of a call: what Ray calls a runtime environment, it writes into its logs, and some are secrets.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from ffgym.prepare.parts import evaluator_of, examples_for, make_reward, prepare
 from ffgym.prepare.paths import Prepared
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
+from ffgym.types import Notify
 
 if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
@@ -118,9 +119,7 @@ def shared_executor(
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 
 
-def report_idle_workers(
-    episodes: int, workers: int, notify: Callable[[str], None], sloped_windows: int | None = None
-) -> None:
+def report_idle_workers(episodes: int, workers: int, notify: Notify, sloped_windows: int | None = None) -> None:
     """Tell the user if an update has fewer parts to share out than there are workers.
 
     Args:
@@ -140,7 +139,7 @@ def report_idle_workers(
         notify(f"{when}{workers - parts} of {workers} workers {have} nothing to do: {update}")
 
 
-def report_crowded_cores(workers: int, threads: int, cores: int, notify: Callable[[str], None]) -> None:
+def report_crowded_cores(workers: int, threads: int, cores: int, notify: Notify) -> None:
     """Tell the user if workers on the CPU of this machine have more threads than it has cores.
 
     Args:
@@ -157,7 +156,7 @@ def report_crowded_cores(workers: int, threads: int, cores: int, notify: Callabl
 
 
 @contextmanager
-def cluster_of(table: WorkersTable, device: str, notify: Callable[[str], None]) -> Iterator[Cluster | None]:
+def cluster_of(table: WorkersTable, device: str, notify: Notify) -> Iterator[Cluster | None]:
     """The workers that a table asks for, within the block; ``None`` where this process works alone.
 
     Args:

@@ -20,7 +20,7 @@ from ffgym.tracking.masking import shown
 from ffgym.tracking.records import send
 from ffgym.tracking.runs import run_or_none, run_with_id
 from ffgym.tracking.store import database, own_uri, reading_store, tracking_uri
-from ffgym.types import JSONDict
+from ffgym.types import JSONDict, Notify
 
 LINE = FileFormat("record of an MLflow run", dict, TrackingError, "Remove the line, or the whole file.")
 SUFFIX = ".unsent.jsonl"
@@ -79,7 +79,7 @@ class Outbox:
         return exclusive_lock(self.path.with_suffix(".lock"), waiting=lambda: None)
 
 
-def sync(root: Path, folders: Iterable[Path], notify: Callable[[str], None]) -> int:
+def sync(root: Path, folders: Iterable[Path], notify: Notify) -> int:
     """Send all records that wait under some folders, those of each run in order.
 
     Returns:

@@ -42,7 +42,7 @@ from ffgym.tracking.store import (
 )
 from ffgym.tracking.system import SystemMetrics
 from ffgym.tracking.view import TAGS, arrange
-from ffgym.types import Episode, JSONDict, Update, perplexity_of
+from ffgym.types import Episode, JSONDict, Notify, Update, perplexity_of
 from ffgym.version import __version__
 
 Point = tuple[str, float, int, int]
@@ -91,7 +91,7 @@ class Tracker:
         command: str = "ffgym",
         again: str = "",
         can_go_on: Callable[[], bool] = lambda: True,
-        notify: Callable[[str], None] = print,
+        notify: Notify = print,
     ) -> None:
         self.run_id: str | None = None
         self._root = root

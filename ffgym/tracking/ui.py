@@ -10,13 +10,13 @@ import sys
 import time
 import urllib.request
 import webbrowser
-from collections.abc import Callable
 from pathlib import Path
 
 from ffgym.errors import TrackingError
 from ffgym.tracking.masking import shown
 from ffgym.tracking.store import artifacts, is_server, reading_store, tracking_uri
 from ffgym.tracking.view import arrange, page
+from ffgym.types import Notify
 
 SECONDS_TO_END = 3.0
 
@@ -26,7 +26,7 @@ def open_ui(
     experiment: str = "ffgym",
     port: int = 5000,
     *,
-    notify: Callable[[str], None] = print,
+    notify: Notify = print,
     browser: bool = True,
 ) -> None:
     """Open the page of an experiment's runs; unless the store is behind a server, serve it here until Ctrl-C.
@@ -73,7 +73,7 @@ def _page(root: Path, experiment: str, address: str) -> str:
         return page(address, found.experiment_id)
 
 
-def _show(place: str, notify: Callable[[str], None], browser: bool) -> None:
+def _show(place: str, notify: Notify, browser: bool) -> None:
     notify(f"The runs are shown at {place}")
     has_screen = sys.platform != "linux" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     if browser and has_screen:  # without a screen, Python would open one in the terminal
