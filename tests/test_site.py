@@ -85,3 +85,23 @@ def test_every_page_reads_well(site: Path, address: str) -> None:
                     faults.append(f"{page.url} is wider than {width} pixels")
         browser.close()
     assert faults == []
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
+def test_commands_are_copied_without_their_prompts(address: str) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(permissions=["clipboard-read", "clipboard-write"])
+        page.set_default_timeout(PATIENCE * 1000)
+        page.goto(address + "tutorial")
+        page.locator("[data-clipboard-target]").first.click()
+        page.get_by_text("Copied to clipboard").wait_for()
+        copied = page.evaluate("navigator.clipboard.readText()")
+        browser.close()
+    assert [line for line in copied.splitlines() if line.strip()] == [
+        "python3 -m venv .venv",
+        "source .venv/bin/activate",
+        "pip install .",
+    ]
