@@ -230,6 +230,11 @@ def test_links_resolve() -> None:
     assert [f"{page.name}: {link}" for page, link in found if not resolves(page, link)] == []
 
 
+def test_extras_are_installed_from_the_clone() -> None:
+    """No index has ffgym, so pip finds `ffgym[ray]` only where ffgym is installed, as it is when messages say it."""
+    assert [page.name for page in PAGES if re.search(r"(?<!/)\bffgym\[", page.read_text(encoding="utf-8"))] == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     pages = [page.name for page in PAGES if page.parent in (DOCS, ROOT) and page.name != "README.md"]
     assert [name for name in pages if f": {name}\n" not in text("mkdocs.yml")] == []

@@ -20,7 +20,7 @@ CHROMIUM = shutil.which("chromium")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed: pip install 'ffgym[docs]'"
+    importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed: pip install '.[docs]'"
 )
 
 

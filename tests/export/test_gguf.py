@@ -154,9 +154,7 @@ GEMMAS: dict[str, tuple[Callable[[], Any], str]] = {
 
 def runtime(path: Path, **options: Any) -> Any:
     """The file in llama.cpp, on one thread; by default everything is float32, the cache too."""
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason="llama-cpp-python is not installed: pip install 'ffgym[llama-cpp]'"
-    )
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama-cpp]'")
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
     sizes = {"n_ctx": 128, "n_batch": 128, "n_threads": 1, "n_threads_batch": 1}
     return llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **(exact | options))
