@@ -1,7 +1,7 @@
 """Train a small mixture of experts on demo text, so that there is one to prune, and write the text that is left.
 
     python experiments/experts/train.py mixtures/small
-    ffgym bench --config experiments/experts/small.toml
+    ffgym bench experiments/experts/small.toml
 
 A Mixtral of 4 layers with 16 experts each, 2 to a token, and a tokenizer of 2,048 tokens, from English, technical text
 and code. Training reads the first four fifths of each; the rest becomes search.txt and report.txt beside the model.

@@ -1,7 +1,7 @@
 """Write what follows the first fifth of a demo corpus: text of its domain, while the report reads the beginning.
 
 python experiments/text/rest.py wiki code
-ffgym bench --config experiments/text/*.toml
+ffgym bench experiments/text/*.toml
 """
 
 from __future__ import annotations

@@ -17,9 +17,6 @@ from ffgym.cli.printing import print_json
 @app.command()
 def bench(
     files: Annotated[list[Path] | None, typer.Argument(help="bench files (TOML)", show_default=False)] = None,
-    configs: Annotated[
-        list[Path] | None, typer.Option("--config", help="another bench file; repeatable", show_default=False)
-    ] = None,
     only_report: Annotated[bool, typer.Option("--report", help="compute nothing, show the results so far")] = False,
     workers: Annotated[
         int,
@@ -35,7 +32,6 @@ def bench(
 
     from ffgym.bench.bench import bench as run_bench
 
-    files = [*(configs or []), *(files or [])]
     if not files:
         raise typer.BadParameter("name at least one bench file, e.g. experiments/bench/sparsity-20.toml")
     try:

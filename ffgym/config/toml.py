@@ -62,7 +62,7 @@ def load_config(
     if file.keys() >= {"agents", "seeds"}:
         raise ConfigError(
             f"{path} is a bench file: it names agents and seeds",
-            hint=f"Run it: ffgym bench --config {shlex.quote(str(path))}",
+            hint=f"Run it: ffgym bench {shlex.quote(str(path))}",
         )
     try:
         return RunConfig.model_validate(layered(file, command_line))

@@ -411,7 +411,7 @@ def test_a_bench_that_is_killed_loses_the_episodes_in_flight_only(
     def kept() -> list[int]:
         return [lines(path) for path in logs.glob("*.jsonl")]
 
-    command = [sys.executable, "-m", "ffgym", "bench", "--config", str(file), "--jobs", "2"]
+    command = [sys.executable, "-m", "ffgym", "bench", str(file), "--jobs", "2"]
     interrupted(
         command,
         signal.SIGKILL,
@@ -597,16 +597,11 @@ def test_variants_change_the_shared_run(tmp_path: Path) -> None:
 
 def test_the_command_takes_many_files(finished: Any, tmp_path: Path) -> None:
     other = bench_file(tmp_path, stem="other", title="Other", agents=["uniform"])
-    for arguments in (
-        ["--config", str(finished[0]), str(other)],
-        ["--config", str(finished[0]), "--config", str(other)],
-        [str(finished[0]), str(other)],
-    ):
-        done = CliRunner().invoke(app, ["bench", *arguments])
-        assert done.exit_code == 0, done.stderr
-        assert "Small" in done.stdout
-        assert "Other" in done.stdout
-        assert "cell" not in done.stdout
+    done = CliRunner().invoke(app, ["bench", str(finished[0]), str(other)])
+    assert done.exit_code == 0, done.stderr
+    assert "Small" in done.stdout
+    assert "Other" in done.stdout
+    assert "cell" not in done.stdout
 
 
 def test_json_holds_the_rows_and_names_the_files(finished: Any) -> None:

@@ -378,7 +378,7 @@ def test_a_bench_file_is_refused_as_such(tmp_path: Path) -> None:
     path = write(tmp_path, 'title = "Mine"\nagents = ["reinforce"]\nseeds = [0]\nresults = "results"\n')
     with pytest.raises(ConfigError, match=r"run\.toml is a bench file: it names agents and seeds") as raised:
         load_config(path)
-    assert raised.value.hint == f"Run it: ffgym bench --config {path}"
+    assert raised.value.hint == f"Run it: ffgym bench {path}"
 
 
 def test_a_dict_in_place_of_a_path_is_refused_with_the_call_that_takes_it() -> None:
