@@ -263,7 +263,7 @@ class SearchTable(Strict):
     episodes: Positive = Field(
         default=96,
         description="length of the search in episodes at full fidelity: it ends with the update that reaches "
-        "episodes x episode_tokens tokens",
+        "episodes x episode_tokens tokens; an episode that follows a slope costs four times its tokens",
     )
     episode_tokens: Positive = Field(
         default=2048,
