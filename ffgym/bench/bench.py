@@ -103,12 +103,14 @@ def _workers(
     table: WorkersTable, missing: Sequence[tuple[Bench, Cell]], reporter: Reporter
 ) -> Iterator[Cluster | None]:
     """The workers for what is missing, and the number of threads that each of them, or this process, has."""
+    if not missing:
+        yield None
+        return
     before = torch.get_num_threads()
     threads = before if table.ray_address else max(1, before // table.count)
-    least = 2 if table.ray_address and missing else 1  # one worker would be this process
-    count = max(least, min(table.count, len(missing)))
-    device = missing[0][1].config.model.device if missing else "cpu"
-    wanted = table.model_copy(update={"count": count})
+    least = 2 if table.ray_address else 1  # one worker would be this process
+    wanted = table.model_copy(update={"count": min(table.count, max(least, len(missing)))})
+    device = missing[0][1].config.model.device
     with computing_threads(threads), cluster_of(wanted, device, reporter.print) as cluster:
         yield cluster
 

@@ -359,15 +359,6 @@ class WorkersTable(Strict):
         default="auto", description="GPUs of a worker; auto (1 where the model runs on one, else 0)"
     )
 
-    @model_validator(mode="after")
-    def _a_cluster_has_workers(self) -> WorkersTable:
-        if self.ray_address is not None and self.count == 1:
-            raise ConfigError(
-                f"workers.ray_address = {self.ray_address!r} with workers.count = 1: one worker is this process",
-                hint="Give --workers 2 or more, or leave the address empty (--ray-address '').",
-            )
-        return self
-
 
 class RunConfig(Strict):
     """Everything that decides a run. ``RunConfig()`` is the demo."""

@@ -228,9 +228,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
 
 
 def layered(below: JSONDict, above: JSONDict) -> JSONDict:
-    """The tables ``above`` on top of those ``below``, without what ``above`` has no use for.
-
-    That is the options of plugins that it replaces by others, and a cluster's address where it asks for one worker.
+    """The tables ``above`` on top of those ``below``, without the options of plugins that ``above`` replaces by others.
 
     Args:
         below: tables of a configuration, e.g. of its file.
@@ -245,7 +243,4 @@ def layered(below: JSONDict, above: JSONDict) -> JSONDict:
             continue
         if given[key] != replaced.get(key, shared[key].default):
             kept[table] = {key: value for key, value in replaced.items() if key in shared}
-    workers, given = below.get("workers"), above.get("workers")
-    if isinstance(workers, dict) and isinstance(given, dict) and given.get("count") == 1:
-        kept["workers"] = {key: value for key, value in workers.items() if key != "ray_address"}
     return _merged(kept, above)

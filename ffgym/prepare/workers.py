@@ -167,6 +167,8 @@ def cluster_of(table: WorkersTable, device: str, notify: Notify) -> Iterator[Clu
         WorkerError: see `connected`.
     """
     if table.count == 1:
+        if table.ray_address:
+            notify(f"one worker is this process: the Ray cluster at {table.ray_address} is not used")
         yield None
         return
     if ":" in device:

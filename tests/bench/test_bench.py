@@ -321,6 +321,11 @@ def test_a_single_cell_left_of_several_workers_keeps_their_number_of_threads(tmp
         torch.set_num_threads(before)
 
 
+def test_a_cluster_is_named_where_one_process_computes_all_cells(tmp_path: Path) -> None:
+    said = [call(bench_file(tmp_path, agents=["uniform"]), ray_address="auto")[1] for _ in range(2)]
+    assert ["the Ray cluster at auto is not used" in each for each in said] == [True, False], "then nothing is missing"
+
+
 # who comes next
 
 

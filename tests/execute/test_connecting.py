@@ -44,19 +44,22 @@ def test_more_workers_name_the_extra(without_ray: None) -> None:
     assert "pip install 'ffgym[ray]'" in refusal(WorkersTable(count=2))
 
 
-def test_an_address_without_workers() -> None:
-    with pytest.raises(ConfigError, match=r"workers\.ray_address = 'auto' with workers\.count = 1") as raised:
-        load_config(workers={"ray_address": "auto"})
-    assert "--workers 2" in str(raised.value.hint)
+def test_a_cluster_that_one_worker_does_not_use_is_named(without_ray: None) -> None:
+    said: list[str] = []
+    with cluster_of(WorkersTable(ray_address="auto"), "cpu", said.append) as cluster:
+        assert cluster is None
+    assert said == ["one worker is this process: the Ray cluster at auto is not used"]
 
 
-def test_one_worker_leaves_the_cluster_of_a_file(tmp_path: Path) -> None:
+def test_an_environment_with_the_config_of_a_run_on_a_cluster_can_do_without_it(
+    without_ray: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "config.toml"
-    file.write_text(to_toml(load_config(workers={"count": 2, "ray_address": "auto", "gpus": 0})), encoding="utf-8")
-    assert load_config(file, workers={"count": 1}).workers == WorkersTable(gpus=0)
-    assert load_config(file, workers={"count": 3}).workers.ray_address == "auto"
-    with pytest.raises(ConfigError, match="one worker is this process"):
-        load_config(file, workers={"count": 1, "ray_address": "auto"})
+    file.write_text(to_toml(glass_config(tmp_path, workers={"count": 2, "ray_address": "auto"})), encoding="utf-8")
+    env = gymnasium.make("ffgym/Pruning-v0", config=load_config(file), num_workers=1)
+    env.reset(seed=0)
+    env.close()
+    assert "the Ray cluster at auto is not used" in capsys.readouterr().err
 
 
 NOBODY, NO_ONE = (f"127.0.0.1:{free_port()}" for _ in range(2))
