@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from latency_tables import made_up_table
 from made_up_episodes import episode
 from safetensors import SafetensorError
-from stored_runs import write_run
+from stored_runs import write_front, write_run
 from tiny_tokenizers import byte_level
 
 from ffgym.bench.cell import CELL_RESULT
@@ -34,6 +34,7 @@ from ffgym.files import FileFormat, disk_errors, replacing, write_text
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.origin import recorded_dense_model
 from ffgym.pipeline.folder import RESULT, RunRecord, read_record, write_record
+from ffgym.pipeline.stored import read_front
 from ffgym.pipeline.stored import read_table as read_run_table
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.prepare.store import RECORD as PREPARED_RECORD
@@ -274,6 +275,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
         lambda folder: write_run(folder, "one") / "losses.json",
         lambda path: read_run_table(path.parent).layout().as_dicts(),
     ),
+    "front of a run": (write_front, lambda path: front.layout() if (front := read_front(path.parent)) else None),
     "result of a run": (_file("allocation.json", ALLOCATION), RESULT.read),
     "bench file": (_file("bench.toml", BENCH.read_text()), read_bench),
     "prepared model": (_file("record.json", json.dumps(asdict(PREPARED))), PREPARED_RECORD.read),

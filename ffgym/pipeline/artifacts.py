@@ -23,7 +23,7 @@ from ffgym.plugins.contracts import check_state
 from ffgym.prepare.configured import used_plugins
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
-from ffgym.report.front import Front, front_as_dict, front_figure, point_name
+from ffgym.report.front import Front, front_figure, point_name
 from ffgym.report.layout import strict
 from ffgym.report.table import ReportTable, Row, perplexity_text
 from ffgym.search.loop import SearchResult
@@ -143,7 +143,7 @@ def write_front(
     tracker: Tracker, front: Front, points: Sequence[SearchResult], config: RunConfig, folder: Path
 ) -> None:
     """Write a front down; in MLflow every point is a child of the run."""
-    write_text(folder / "front.json", json.dumps(front_as_dict(front), indent=2))
+    write_text(folder / "front.json", to_json(front, inf_nan_mode="strings").decode() + "\n")
     write_text(folder / "front.md", front.layout().markdown())
     front_figure(front, folder / "front.png")
     settings = parameters(config.model_dump(mode="json"))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
 from ffgym.config.mixture import described
 from ffgym.config.toml import written
 from ffgym.export.checkpoint import load_code
 from ffgym.pipeline.artifacts import PICTURES
-from ffgym.pipeline.compare import refit_name, target_model_folder
+from ffgym.pipeline.compare import target_model_folder
 from ffgym.pipeline.folder import read_record, resume_command
-from ffgym.pipeline.stored import StoredRun
+from ffgym.pipeline.stored import StoredRun, read_front
 from ffgym.recover.folders import output_folder
-from ffgym.report.layout import Table, percent, read_markdown
+from ffgym.report.front import Front
+from ffgym.report.layout import Table, percent
 from ffgym.report.page import Page
 from ffgym.report.table import perplexity_text
 from ffgym.search.log import read_log
@@ -27,11 +27,10 @@ def run_page(run: StoredRun) -> Page:
     share = " to ".join(map(percent, dict.fromkeys(config.prune.ends)))
     removed = f"{share} of its prunable {config.prune.resource}"
     again = f"ffgym run --config {shlex.quote(str(folder / 'config.toml'))} --output NEW"
-    log, front_file = folder / "episodes.jsonl", folder / "front.md"
+    log, front = folder / "episodes.jsonl", read_front(folder)
     episodes = read_log(log).episodes if log.is_file() else ()
-    front = read_markdown(front_file.read_text(encoding="utf-8")) if front_file.is_file() else None
     main = percent(config.main_target) if config.prune.is_range else ""
-    tables: dict[str, Table[Any]] = {} if front is None else {"The whole range": front}
+    tables: dict[str, Table[Any]] = {} if front is None else {"The whole range": front.layout()}
     record, warnings = read_record(folder), list[str]()
     unfinished = table is None or not record.results
     if unfinished:
@@ -69,18 +68,17 @@ def run_page(run: StoredRun) -> Page:
     )
 
 
-def _loading(run: StoredRun, front: Table[Sequence[str]] | None) -> dict[str, str]:
+def _loading(run: StoredRun, front: Front | None) -> dict[str, str]:
     """How to load each saved model, by the row of a table that it is."""
     config, table, load = run.config, run.table, dict[str, str]()
-    points = dict(zip(config.targets, front.rows[1:], strict=False)) if front is not None else {}
+    found = {} if front is None else {point.target: point.found for point in front.points}
     for target in config.targets if config.output.save_all else (config.main_target,):
-        place, rows = target_model_folder(config, run.folder, target), list[str]()
+        place = target_model_folder(config, run.folder, target)
         if target == config.main_target:
             saved = [row for row in table.rows if row.is_saved] if table is not None else []
-            rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]
-        elif front is not None and target in points:
-            label, perplexity = front.columns[1].head, points[target][1].split()[0]
-            rows = [f"{label} + {refit_name(config)}: perplexity {perplexity}"]
+        else:
+            saved = [found[target]] if target in found else []
+        rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]
         rows += ["the saved model", "the same model, trained afterwards"][len(rows) :]
         for folder, row in zip((place, output_folder(place)), rows, strict=False):
             if (folder / "config.json").is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,10 +13,11 @@ from ffgym.export.checkpoint import SavedModel, load_line
 from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import target_model_folder
 from ffgym.pipeline.folder import RESULT, is_finished, read_record
-from ffgym.pipeline.stored import read_table
+from ffgym.pipeline.stored import read_front, read_table
 from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
-from ffgym.report.front import Front, front_as_dict
+from ffgym.report.front import Front
+from ffgym.report.layout import strict
 from ffgym.report.table import ReportTable, perplexity_text
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
@@ -50,8 +51,7 @@ class RunResult:
         return f"<RunResult in {self.folder}: perplexity of {figures}>"
 
     def _repr_markdown_(self) -> str:
-        front = "" if self.front is None else f"{self.front._repr_markdown_()}\n"
-        return front + self.table._repr_markdown_()
+        return _markdown(self)
 
     def to_json(self) -> JSONDict:
         """Numbers and paths, ready for ``json.dumps``; the files in the folder may be another run's by now."""
@@ -59,7 +59,7 @@ class RunResult:
             "table": self.table.layout().as_dicts(),
             "measured": self.table.header,
             "allocation": allocation_json(self.found),
-            "front": None if self.front is None else front_as_dict(self.front),
+            "front": None if self.front is None else strict(asdict(self.front)),
             "folder": str(self.folder),
             "model": None if self.saved is None else str(self.saved.path),
             "recovered_model": None if self.recovered is None else str(self.recovered.saved.path),
@@ -71,8 +71,6 @@ class RunResult:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        if self.front is not None:
-            console.print(self.front.layout())
         load = []
         if self.saved is not None:
             broken = self.table.warning is not None and self.recovered is None
@@ -111,18 +109,22 @@ class FinishedRun:
         """Report-split figures, dense first, as the folder has them."""
         return read_table(self.folder)
 
+    @property
+    def front(self) -> Front | None:
+        """Under a range of budgets its points, as the folder has them."""
+        return read_front(self.folder)
+
     def _repr_markdown_(self) -> str:
-        front = self.folder / "front.md"
-        return (f"{front.read_text(encoding='utf-8')}\n" if front.is_file() else "") + self.table._repr_markdown_()
+        return _markdown(self)
 
     def to_json(self) -> JSONDict:
         """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
-        front, table = self.folder / "front.json", self.table
+        front, table = self.front, self.table
         return {
             "table": table.layout().as_dicts(),
             "measured": table.header,
             "allocation": RESULT.read(self.folder / "allocation.json"),
-            "front": RESULT.read(front) if front.is_file() else None,
+            "front": None if front is None else strict(asdict(front)),
             "folder": str(self.folder),
             "model": None if self.model is None else str(self.model),
             "recovered_model": None if self.recovered_model is None else str(self.recovered_model),
@@ -131,19 +133,21 @@ class FinishedRun:
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        front, load = self.folder / "front.md", []
-        if front.is_file():
-            from rich.markdown import Markdown
-
-            console.print(Markdown(front.read_text(encoding="utf-8")))
+        load = []
         for model in (self.model, self.recovered_model):
             if model is not None:
                 load += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]
         _print(console, self, load)
 
 
+def _markdown(result: RunResult | FinishedRun) -> str:
+    return "\n".join(part._repr_markdown_() for part in (result.front, result.table) if part is not None)
+
+
 def _print(console: Console, result: RunResult | FinishedRun, load: Sequence[str]) -> None:
-    table = result.table
+    front, table = result.front, result.table
+    if front is not None:
+        console.print(front.layout())
     console.print(table.layout())
     if table.warning is not None:
         console.print(f"Warning: {table.warning}", style="bold red", highlight=False, markup=False)

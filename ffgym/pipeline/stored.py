@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from ffgym.config.mixture import described
 from ffgym.config.tables import PluginTable, RunConfig, table_model
@@ -14,10 +15,12 @@ from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
 from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command, stored_config
 from ffgym.report.comparison import ComparedRun, Comparison
-from ffgym.report.table import ReportTable
+from ffgym.report.front import Front
+from ffgym.report.table import ReportTable, Row
 from ffgym.tracking.runs import find_run, run_with_id
 
 TABLE = FileFormat("table of a run", ReportTable, OutputError, MEASURE_AGAIN)
+FRONT = FileFormat("front of a run", Front, OutputError, MEASURE_AGAIN)
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,31 @@ def read_table(folder: Path) -> ReportTable:
     """The table of a run."""
     path = folder / "losses.json"
     table = TABLE.read(path)
-    alike = {(*(cost.key for cost in row.costs), len(row.losses)) for row in table.rows}
-    if len(alike) != 1 or "parameters" not in table.dense.values or not table.dense.losses:
-        reason = "every row must have the same costs, `parameters` among them, and a loss for every window"
-        raise TABLE.refused(str(path), reason)
-    if any(row.perplexity <= 0 for row in table.rows):
-        raise TABLE.refused(str(path), "every perplexity must be above 0")
+    _check_rows(table.rows, TABLE, path)
     return table
+
+
+def read_front(folder: Path) -> Front | None:
+    """The front of a run over a range of budgets; ``None`` where there is none."""
+    path = folder / "front.json"
+    if not path.is_file():
+        return None
+    front = FRONT.read(path)
+    rows = [row for point in front.points for row in (point.found, *point.references.values())]
+    _check_rows([front.dense, *rows], FRONT, path)
+    if len({tuple(point.references) for point in front.points}) != 1:
+        raise FRONT.refused(str(path), "every point must have the same references")
+    return front
+
+
+def _check_rows(rows: Sequence[Row], form: FileFormat[Any], path: Path) -> None:
+    """Refuse rows that do not fit the first one, the dense model's, or that no table could be made of."""
+    alike = {(*(cost.key for cost in row.costs), len(row.losses)) for row in rows}
+    if len(alike) != 1 or "parameters" not in rows[0].values or not rows[0].losses:
+        reason = "every row must have the same costs, `parameters` among them, and a loss for every window"
+        raise form.refused(str(path), reason)
+    if any(row.perplexity <= 0 for row in rows):
+        raise form.refused(str(path), "every perplexity must be above 0")
 
 
 def compare_runs(runs: Sequence[StoredRun]) -> Comparison:

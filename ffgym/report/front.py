@@ -1,6 +1,6 @@
 """The result of a run over a range of budgets: perplexity against sparsity at every point, beside the rules.
 
-One :class:`Front`: its table, :func:`front_as_dict` for JSON, :func:`front_figure`.
+One :class:`Front`: its table and :func:`front_figure`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, default_style, new_figure, save_figure, tidy
-from ffgym.report.layout import STAR, Table, humane, strict, text_columns
+from ffgym.report.layout import STAR, Table, humane, text_columns
 from ffgym.report.paired import paired_difference
 from ffgym.report.table import Row, perplexity_text
-from ffgym.types import Allocation, JSONDict
+from ffgym.types import Allocation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,33 +91,6 @@ def _mark(row: Row, best: Row) -> str:
 def point_name(target: float) -> str:
     """What the files of a point are called: ``"0.20"``, ``"0.225"``, ``"0.266667"``."""
     return max(f"{target:.2f}", f"{target:.6f}".rstrip("0"), key=len)
-
-
-def front_as_dict(front: Front) -> JSONDict:
-    """The front as plain data, see `strict`."""
-    data = {
-        "measured": front.header,
-        "label": front.label,
-        "dense_perplexity": front.dense.perplexity,
-        "search_tokens": front.search_tokens,
-        "final_tokens": front.final_tokens,
-        "seconds": round(front.seconds, 1),
-        "points": [
-            {
-                "target": point.target,
-                "sparsity": point.allocation.sparsity,
-                "resource": point.allocation.resource,
-                "kept": list(point.allocation.kept),
-                "origin": point.origin,
-                "finals_loss": point.finals_loss,
-                **point.found.values,
-                "perplexity": {label: front.row(point, label).perplexity for label in front.labels},
-                "loss_stderr": {label: front.row(point, label).loss_stderr for label in front.labels},
-            }
-            for point in front.points
-        ],
-    }
-    return strict(data)
 
 
 @default_style()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,19 +151,6 @@ def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
         Column(head, itemgetter(i), left=i == 0, console_head=head.replace(", ", "\n"), look=look)
         for i, head in enumerate(heads)
     ]
-
-
-def read_markdown(text: str) -> Table[Sequence[str]]:
-    """The table and the notes that `Table.markdown` wrote, as text."""
-
-    def plain(text: str) -> str:
-        return re.sub(r"\\(.)", r"\1", text)
-
-    lines = text.splitlines()
-    cells = [[plain(cell) for cell in line[2:-2].split(" | ")] for line in lines if line.startswith("| ")]
-    heads, *rows = cells or [[""]]
-    notes = [plain(line.removeprefix("- ")) for line in lines if line.startswith("- ")]
-    return Table(text_columns(*heads), [row for row in rows if len(row) == len(heads)], notes)
 
 
 def stacked(head: str) -> str:

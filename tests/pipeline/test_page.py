@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from made_up_episodes import episode
 from processes import PATIENCE
-from stored_runs import write_run
+from stored_runs import write_front, write_run
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -20,6 +20,8 @@ from ffgym.pipeline.artifacts import PICTURES, write_table
 from ffgym.pipeline.folder import RunRecord, saying_what_is_kept, write_record
 from ffgym.pipeline.stored import read_table
 from ffgym.report.figures import new_figure, save_figure
+from ffgym.report.front import TIE
+from ffgym.report.layout import STAR
 from ffgym.search.log import Recorder
 
 CHROMIUM = shutil.which("chromium")
@@ -85,48 +87,35 @@ def test_every_saved_model_is_named_by_its_row(run: Path) -> None:
     assert "<dt>recovery</dt><dd>lora, 16,000 tokens</dd>" in page
 
 
-FRONT = """\
-| perplexity at | reinforce | uniform | params |
-|---|---:|---:|---:|
-| 0% (dense) | 7.39 | 7.39 | 100.0 M |
-| 10.0% | 11.00 \\* | 12.00 tie | 90.0 M |
-| 22.5% | 20.09 \\* | 33.12 | 80.0 M |
-| 35.0% | 35.00 | 34.00 \\* | 70.0 M |
-
-- \\* lowest perplexity at that sparsity.
-- how it was measured
-"""
-
-
 def test_a_range_has_its_own_table_first_and_the_size_of_the_other_is_said(run: Path) -> None:
     (run / "config.toml").write_text(
         '[prune]\nsparsity = "0.1:0.35"\nfront_points = 3\n[output]\nsave_all = true\n', encoding="utf-8"
     )
-    (run / "front.md").write_text(FRONT, encoding="utf-8")
+    write_front(run)
     for name in ("0.10", "0.225", "0.35"):
         shutil.copytree(run / "model", run / f"model-{name}")
     page = page_of(run)
     parts = (
         '<p class="lead">At 22.5%: reinforce + ridge is better than',
         "<h2>The whole range</h2>",
-        '<td class="left">10.0%</td><td>11.00 *</td><td>12.00 tie</td><td>90.0 M</td>',
-        "<li>* lowest perplexity at that sparsity.</li>",
+        f'<td class="left">10.0%</td><td>11.02{STAR}</td><td>12.18{TIE}</td><td>90.0 M</td>',
+        "<li>* lowest perplexity at that sparsity; tie",
         "<h2>The table at 22.5%</h2>",
         f'alt="{PICTURES["front.png"]}"',
         f'alt="{PICTURES["reward.png"]}"',
-        "<p>At 10%, reinforce + ridge: perplexity 11.00</p>",
+        "<p>At 10%, reinforce + ridge: perplexity 11.02</p>",
         f"{run / 'model-0.10'}&#39;",
         "<p>At 22.5%, reinforce + ridge: perplexity 20.09</p>",
         f"{run / 'model-0.225'}&#39;",
-        "<p>At 35%, reinforce + ridge: perplexity 35.00</p>",
+        "<p>At 35%, reinforce + ridge: perplexity 33.12</p>",
         f"{run / 'model-0.35'}&#39;",
     )
     places = [page.find(part) for part in parts]
     assert -1 not in places
     assert places == sorted(places)
     assert page.count("how it was measured") == 1
-    (run / "front.md").write_text("", encoding="utf-8")
-    assert "<h2>The table at 22.5%</h2>" in page_of(run), "as much as there is"
+    (run / "front.json").write_text("{}", encoding="utf-8")
+    assert "front.json is no front of a run, or a damaged one" in call(run).stderr
 
 
 def test_a_reward_is_shown_with_its_options(run: Path) -> None:

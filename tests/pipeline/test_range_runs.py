@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.pipeline import compare, pipeline, task
+from ffgym.pipeline.stored import read_front
 from ffgym.plugins import built_ins, manager
 from ffgym.prepare.parts import load_parts
+from ffgym.report.front import Front
 from ffgym.report.progress import Reporter
 from ffgym.tracking.runs import list_runs
 
@@ -53,8 +56,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[Ru
         return config, *go(config)
 
 
-def front_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "front.json").read_text()))
+def front_of(folder: Path) -> Front:
+    front = read_front(folder)
+    assert front is not None
+    return front
 
 
 # what comes out
@@ -74,35 +79,36 @@ def test_its_stages_are_those_that_it_announced(finished: Any) -> None:
 def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: Any) -> None:
     result = finished[1]
     front = front_of(result.folder)
-    assert [point["target"] for point in front["points"]] == list(TARGETS)
-    for point in front["points"]:
-        assert point["target"] - 1e-9 <= point["sparsity"] < point["target"] + 0.02
-        assert set(point["perplexity"]) == {"reinforce", "uniform", "MLPs only, ends spared"}
-        assert all(math.isfinite(value) for value in point["perplexity"].values())
-    parameters = [point["parameters"] for point in front["points"]]
+    assert front == result.front, "what is read is what was found"
+    assert [point.target for point in front.points] == list(TARGETS)
+    assert front.labels == ["reinforce", "uniform", "MLPs only, ends spared"]
+    for point in front.points:
+        assert point.target - 1e-9 <= point.allocation.sparsity < point.target + 0.02
+        assert all(math.isfinite(front.row(point, label).perplexity) for label in front.labels)
+    parameters = [point.found.parameters for point in front.points]
     assert parameters == sorted(parameters, reverse=True)
     text = (result.folder / "front.md").read_text()
-    for point in front["points"]:
-        assert f"{point['target']:.1%}" in text
-        assert f"{point['perplexity']['reinforce']:.2f}" in text
+    for point in front.points:
+        assert f"{point.target:.1%}" in text
+        assert f"{point.found.perplexity:.2f}" in text
     assert "report split" in text
-    assert f"{front['search_tokens']:,} tokens of search" in text
+    assert f"{front.search_tokens:,} tokens of search" in text
 
 
 def test_perplexities_are_those_of_the_allocations_that_are_named(finished: Any) -> None:
     config, result, _ = finished
     space = task.open_task(config, list(compare.REFERENCES.values()), Reporter(Console(quiet=True)))
     windows = space.splits.report.windows
-    for point, name in zip(front_of(result.folder)["points"], NAMES, strict=True):
+    for point, name in zip(front_of(result.folder).points, NAMES, strict=True):
         allocation = json.loads((result.folder / f"allocation-{name}.json").read_text())
-        assert allocation["kept"] == point["kept"]
-        assert allocation["origin"] == point["origin"]
-        kept = space.env.budget.project(np.array(allocation["importance"], np.float32), point["target"]).kept
-        assert list(kept) == point["kept"]
-        uniform = space.project("uniform", {}, point["target"]).kept
-        for label, units in (("reinforce", point["kept"]), ("uniform", uniform)):
+        found = point.allocation.kept
+        assert allocation["kept"] == list(found)
+        assert allocation["origin"] == point.origin
+        assert space.env.budget.project(np.array(allocation["importance"], np.float32), point.target).kept == found
+        uniform = space.project("uniform", {}, point.target).kept
+        for row, units in ((point.found, found), (point.references["uniform"], uniform)):
             with task.cut_to(space, units):
-                assert evaluate(space.prepared.prunable.model, windows).perplexity == point["perplexity"][label]
+                assert evaluate(space.prepared.prunable.model, windows).perplexity == row.perplexity
 
 
 def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_target(finished: Any) -> None:
@@ -138,9 +144,9 @@ def test_mlflow_has_it_all(finished: Any) -> None:
     config, result, _ = finished
     store = client(Path(config.tracking.root))
     children = [run for run in list_runs(Path(config.tracking.root)) if run.parent == result.mlflow_run]
-    points = front_of(result.folder)["points"]
+    points = front_of(result.folder).points
     assert {run.name: run.result for run in children} == {
-        f"{result.folder.name}: sparsity {p['target']:.1%}": p["perplexity"]["reinforce"] for p in points
+        f"{result.folder.name}: sparsity {point.target:.1%}": point.found.perplexity for point in points
     }
     assert {run.agent for run in children} == {"reinforce"}
     names = {item.path for item in store.list_artifacts(result.mlflow_run)}
@@ -177,9 +183,9 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     config = ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True})
     result, _ = go(config)
     sizes = []
-    for name, point in zip(("0.10", "0.30", "0.50"), front_of(result.folder)["points"], strict=True):
+    for name, point in zip(("0.10", "0.30", "0.50"), front_of(result.folder).points, strict=True):
         card = (result.folder / f"model-{name}" / "README.md").read_text()
-        assert f"{100 * point['sparsity']:.1f}%" in card
+        assert f"{100 * point.allocation.sparsity:.1f}%" in card
         sizes.append((result.folder / f"model-{name}" / "model.safetensors").stat().st_size)
     assert sizes == sorted(sizes, reverse=True)
     finished = pipeline.run(config, progress=Console(quiet=True), resume=result.folder)
@@ -214,8 +220,7 @@ def test_interrupted_and_resumed_it_is_the_same_front(finished: Any, tmp_path: P
     assert len(steps) - 1 == EPISODES, "nothing was measured twice"
     for name in (*(f"allocation-{name}.json" for name in NAMES), "allocation.json", "policy.json", "report.json"):
         assert (result.folder / name).read_text() == (whole / name).read_text(), name
-    one, other = front_of(result.folder), front_of(whole)
-    assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert replace(front_of(result.folder), seconds=0) == replace(front_of(whole), seconds=0)
 
 
 # refused
