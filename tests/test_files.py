@@ -38,7 +38,7 @@ from ffgym.pipeline.stored import read_front
 from ffgym.pipeline.stored import read_table as read_run_table
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.prepare.store import RECORD as PREPARED_RECORD
-from ffgym.prepare.store import Record as PreparedRecord
+from ffgym.prepare.store import PreparedRecord
 from ffgym.recover.checkpoint import Checkpoint
 from ffgym.recover.lora import LoraCurve
 from ffgym.search.log import Recorder, read_log

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffgym.costs.resource import Resource, Setting
+from ffgym.costs.resource import CostSetting, Resource
 from ffgym.types import Sublayer
 
 
@@ -15,6 +15,6 @@ class KV(Resource):
     column = "KV/token"
     key = "kv_bytes_per_token"
 
-    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+    def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """Its key and value heads."""
         return 2 * sublayer.kv_heads_per_unit * sublayer.head_dim * setting.number_bytes

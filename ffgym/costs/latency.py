@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ffgym.costs.resource import Costs, Resource, Setting
+from ffgym.costs.resource import Costs, CostSetting, Resource
 from ffgym.types import Notify, OnStep
 
 
@@ -20,7 +20,9 @@ class Latency(Resource):
     quantity = "measured latency"
     table_key = "latency_table"
 
-    def measure(self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnStep, notify: Notify) -> Costs:
+    def measure(
+        self, model: Any, setting: CostSetting, *, file: Path | None, on_progress: OnStep, notify: Notify
+    ) -> Costs:
         """Costs by a latency table.
 
         Raises:
@@ -38,7 +40,7 @@ class Latency(Resource):
             notify_if_busy(table, notify)
         return table.costs(model)
 
-    def digest_of(self, file: Path) -> str:
+    def measurement_digest(self, file: Path) -> str:
         """Digest of a table's file; raises ``ConfigError`` where it is no table."""
         from ffgym.costs.latency_table import read_table
 

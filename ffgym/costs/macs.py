@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ffgym.costs.resource import Resource, Setting
+from ffgym.costs.resource import CostSetting, Resource
 from ffgym.types import Sublayer
 
 
@@ -20,12 +20,12 @@ class Macs(Resource):
     column = "MACs/token"
     key = "macs_per_token"
 
-    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+    def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """The unit's linears, and the scores of its query heads."""
         scores = 2 * sublayer.query_heads_per_unit * sublayer.head_dim * setting.context
         return sublayer.unit_macs + scores
 
-    def rest(self, model: Any, setting: Setting) -> float:
+    def rest(self, model: Any, setting: CostSetting) -> float:
         """The head, a token's experts, and linears between: where OPT's embeddings are narrower than its layers."""
         from torch import nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ffgym.costs.resource import Resource, Setting
+from ffgym.costs.resource import CostSetting, Resource
 from ffgym.types import Sublayer
 
 
@@ -16,11 +16,11 @@ class Params(Resource):
     column = "params"
     key = "parameters"
 
-    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+    def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """Producer rows, their biases and consumer columns."""
         return sublayer.unit_params
 
-    def rest(self, model: Any, setting: Setting) -> float:
+    def rest(self, model: Any, setting: CostSetting) -> float:
         """Embeddings, norms, output head, and biases that no unit owns."""
         from ffgym.models.families import family_of
 

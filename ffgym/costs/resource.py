@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Setting:
+class CostSetting:
     """What costs depend on, apart from the model's shape.
 
     Attributes:
@@ -99,15 +99,17 @@ class Resource(Plugin):
         """Whether costs come from ``measure``."""
         return cls.measure is not Resource.measure
 
-    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+    def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """What one unit of a sublayer costs: finite, 0 or more."""
         raise NotImplementedError
 
-    def rest(self, model: Any, setting: Setting) -> float:
+    def rest(self, model: Any, setting: CostSetting) -> float:
         """What a dense causal LM costs without its prunable units, where there is a price per unit."""
         return 0
 
-    def measure(self, model: Any, setting: Setting, *, file: Path | None, on_progress: OnStep, notify: Notify) -> Costs:
+    def measure(
+        self, model: Any, setting: CostSetting, *, file: Path | None, on_progress: OnStep, notify: Notify
+    ) -> Costs:
         """Measure a dense causal LM and leave it as it was; the result has a ``measurement``.
 
         Args:
@@ -119,7 +121,7 @@ class Resource(Plugin):
         """
         raise NotImplementedError
 
-    def digest_of(self, file: Path) -> str:
+    def measurement_digest(self, file: Path) -> str:
         """Digest of the measurement in a file that ``table_key`` names."""
         raise NotImplementedError
 
@@ -172,7 +174,7 @@ def costs_of(
     from ffgym.plugins.manager import described
     from ffgym.pruning.budget import check_tables
 
-    setting = Setting(context, number_bytes=model.get_output_embeddings().weight.element_size())
+    setting = CostSetting(context, number_bytes=model.get_output_embeddings().weight.element_size())
     sublayers, who = family_of(model).sublayers(model), described(resource)
 
     def number(value: Any, what: str) -> float:

@@ -238,7 +238,7 @@ def table_digest(config: RunConfig) -> str | None:
         ConfigError: the file holds no such thing.
     """
     files = ((resource, named_table(config, name)) for name, resource in counted_resources(config).items())
-    return next((resource.digest_of(file) for resource, file in files if file is not None), None)
+    return next((resource.measurement_digest(file) for resource, file in files if file is not None), None)
 
 
 def check_measurements(config: RunConfig) -> None:

@@ -58,7 +58,7 @@ STATISTICS = tuple(field.name for field in fields(LayerStats) if field.name != "
 
 
 @dataclass(frozen=True)
-class Record:
+class PreparedRecord:
     """What a store holds beside tensors."""
 
     key: str  # its `store_key`
@@ -69,7 +69,7 @@ class Record:
     tokens: tuple[int, ...]  # of each sublayer's statistics
 
 
-RECORD = FileFormat("record of a prepared model", Record, AssetError, "Delete its folder: it is written again.")
+RECORD = FileFormat("record of a prepared model", PreparedRecord, AssetError, "Delete its folder: it is written again.")
 
 
 def is_stored(criterion: Criterion, calibration: str) -> bool:
@@ -298,7 +298,7 @@ class _Writer:
     def finish(self, key: str, what: Mapping[str, str]) -> None:
         """Write the record."""
         ridges, energies, affine, tokens = zip(*self._facts, strict=True)
-        record = Record(key, dict(what), ridges, energies, affine, tokens)
+        record = PreparedRecord(key, dict(what), ridges, energies, affine, tokens)
         write_text(self._folder / "record.json", json.dumps(asdict(record), indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ from ffgym.bench.file import read_bench
 from ffgym.cli.app import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
-from ffgym.costs.resource import Costs, Measurement, Resource, Setting, costs_of, resource_named
+from ffgym.costs.resource import Costs, CostSetting, Measurement, Resource, costs_of, resource_named
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
@@ -109,7 +109,7 @@ class TestBuiltIns:
         ],
     )
     def test_prices(self, resource: str, attention: int, mlp: int) -> None:
-        setting = Setting(context=1024, number_bytes=2)
+        setting = CostSetting(context=1024, number_bytes=2)
         assert resource_named(resource).unit_price(ATTENTION, setting) == attention
         assert resource_named(resource).unit_price(MLP, setting) == mlp
 
@@ -259,11 +259,11 @@ class Broken(Resource):
     price: Any = 1.0
     beside: Any = 0
 
-    def unit_price(self, sublayer: Sublayer, setting: Setting) -> float:
+    def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         price: float = self.price
         return price
 
-    def rest(self, model: Any, setting: Setting) -> float:
+    def rest(self, model: Any, setting: CostSetting) -> float:
         rest: float = self.beside
         return rest
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.costs.latency_table import LatencyTable
-from ffgym.costs.resource import Setting, resource_named
+from ffgym.costs.resource import CostSetting, resource_named
 from ffgym.errors import BudgetError, ConfigError, ModelError, OutputError
 from ffgym.measure import served_latency
 from ffgym.measure.bursts import Answer, Burst
@@ -113,11 +113,11 @@ def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path) -> None:
     assert "vllm-fake 9.9" in done.stdout
     model = load(GLASS).model
     resource = resource_named("latency")
-    costs = resource.measure(model, Setting(24, 4), file=output, on_progress=None, notify=None)
+    costs = resource.measure(model, CostSetting(24, 4), file=output, on_progress=None, notify=None)
     assert costs.measurement is not None
     assert "prompts of 22 tokens" in costs.measurement.summary
     with pytest.raises(BudgetError, match="timed on 24 tokens"):
-        resource.measure(model, Setting(48, 4), file=output, on_progress=None, notify=None)
+        resource.measure(model, CostSetting(48, 4), file=output, on_progress=None, notify=None)
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import ffgym
 from ffgym.costs.macs import Macs
 
 if TYPE_CHECKING:
-    from ffgym.costs.resource import Setting
+    from ffgym.costs.resource import CostSetting
 
 # Horowitz, "Computing's energy problem", ISSCC 2014: a 16-bit multiplication and addition, and a byte from DRAM.
 # In tenths of a picojoule: whole numbers keep sums exact.
@@ -29,14 +29,14 @@ class DecodeEnergy(ffgym.Resource):
     column = "mJ/token"
     key = "decode_energy"
 
-    def unit_price(self, sublayer: ffgym.Sublayer, setting: Setting) -> float:
+    def unit_price(self, sublayer: ffgym.Sublayer, setting: CostSetting) -> float:
         """A unit's arithmetic, its weights, and the keys and values that it caches."""
         weights = sublayer.unit_macs if sublayer.kind == "experts" else sublayer.unit_params
         cached = 2 * sublayer.kv_heads_per_unit * sublayer.head_dim * setting.context
         macs = Macs().unit_price(sublayer, setting)
         return PER_MAC * macs + PER_BYTE * (weights + cached) * setting.number_bytes
 
-    def rest(self, model: Any, setting: Setting) -> float:
+    def rest(self, model: Any, setting: CostSetting) -> float:
         """The output head and a token's experts; of the embeddings only one row is read."""
         return Macs().rest(model, setting) * (PER_MAC + PER_BYTE * setting.number_bytes)
 

@@ -4,12 +4,12 @@ import pytest
 from ffgym_decode_energy import PER_BYTE, PER_MAC, DecodeEnergy
 
 from ffgym import Sublayer
-from ffgym.costs.resource import Setting, costs_of, resource_named
+from ffgym.costs.resource import CostSetting, costs_of, resource_named
 from ffgym.models.families import family_of
 from ffgym.testing.conformance import ResourceConformance
 from ffgym.testing.models import tiny_model
 
-SETTING = Setting(context=100, number_bytes=2)
+SETTING = CostSetting(context=100, number_bytes=2)
 
 
 class TestDecodeEnergy(ResourceConformance):
