@@ -6,6 +6,8 @@ What cannot be written, or does not fit what is expected of it, is an error that
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import reprlib
@@ -164,6 +166,11 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}: {first['msg']}{shown}" if place else first["msg"]
 
 
+def json_digest(plain: Any) -> str:
+    """SHA-256 of plain data as canonical JSON, 64 hex digits."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 @contextmanager
 def writing(path: Path, way_out: str = ELSEWHERE) -> Iterator[None]:
     """Make the folder that ``path`` goes into; what the disk refuses becomes an ``OutputError`` with a next step.
@@ -229,7 +236,7 @@ def replacing(path: Path, way_out: str = ELSEWHERE) -> Iterator[Path]:
             else:
                 os.replace(part, path)
         finally:
-            _remove(part)
+            remove(part, ignore_errors=True)
 
 
 def give_ordinary_modes(folder: Path) -> None:
@@ -251,12 +258,17 @@ def _swap(part: Path, path: Path) -> None:
     except BaseException:
         os.replace(old, path)
         raise
-    _remove(old)
+    remove(old, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file, a link, or a folder and what is in it, where it is there.
+
+    Args:
+        ignore_errors: leave what cannot be removed of a folder.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

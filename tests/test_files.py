@@ -126,6 +126,14 @@ def test_what_is_written_in_the_place_of_a_folder_or_a_file_is_whole(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+def test_a_folder_that_takes_the_place_of_a_link_leaves_what_it_led_to_and_no_link(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "folder").symlink_to("target")
+    with replacing(tmp_path / "folder") as part:
+        part.mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "target"]
+
+
 @pytest.mark.parametrize(
     ("error", "hint"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ffgym.config.refusals import config_error
 from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.errors import ConfigError
-from ffgym.files import FileFormat, parse_toml
+from ffgym.files import FileFormat, json_digest, parse_toml
 from ffgym.types import JSONDict
 
 PLUGIN_TABLES = ("criterion", "reward", "agent", "prior", "recover")
@@ -103,8 +102,8 @@ def settings(config: RunConfig) -> JSONDict:
 
 
 def digest(config: RunConfig) -> str:
-    """Identify what decides the numbers of a search: SHA-256 of its `settings` as canonical JSON."""
-    return hashlib.sha256(json.dumps(settings(config), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """Identify what decides the numbers of a search: the `json_digest` of its `settings`."""
+    return json_digest(settings(config))
 
 
 def changed_settings(stored: JSONDict, config: RunConfig) -> list[str]:

@@ -12,7 +12,6 @@ from ffgym.costs.latency_table import (
     FORMAT,
     LatencyTable,
     Serving,
-    digest_of,
     layer_shapes,
     model_shape,
     read_table,
@@ -21,7 +20,7 @@ from ffgym.costs.latency_table import (
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
-from ffgym.files import write_text
+from ffgym.files import json_digest, write_text
 from ffgym.types import JSONDict, Notify, OnStep, do_nothing
 
 # If quartiles are further apart than this share of the median, the machine was doing something else.
@@ -123,4 +122,4 @@ def place_of(
         "context": context,
         **({} if serving is None else {"serving": serving.model_dump(mode="json")}),
     }
-    return cache_dir() / "latency" / f"{model.config.model_type}-{digest_of(facts)[:16]}.json"
+    return cache_dir() / "latency" / f"{model.config.model_type}-{json_digest(facts)[:16]}.json"

@@ -7,9 +7,7 @@ machine.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,10 +19,10 @@ from ffgym.costs.latency_fit import PICOSECONDS, cost_table
 from ffgym.costs.resource import Costs, Measurement
 from ffgym.costs.timing import Spread
 from ffgym.errors import BudgetError, ConfigError
-from ffgym.files import FileFormat, Positive, Strict
+from ffgym.files import FileFormat, Positive, Strict, json_digest
 from ffgym.models.families import family_of
 from ffgym.report.layout import counted
-from ffgym.types import JSONDict, Kind, Sublayer
+from ffgym.types import Kind, Sublayer
 
 FORMAT: Literal["ffgym latency table 1"] = "ffgym latency table 1"
 Size = Annotated[int, Field(ge=0)]
@@ -162,7 +160,7 @@ class LatencyTable(Strict):
     @property
     def digest(self) -> str:
         """SHA-256 of everything in it: equal digests, equal allocations."""
-        return digest_of(self.model_dump(mode="json", exclude_none=True))
+        return json_digest(self.model_dump(mode="json", exclude_none=True))
 
     @property
     def measured(self) -> str:
@@ -269,8 +267,3 @@ def _differences(there: Strict, here: Strict) -> list[str]:
     """``"layers 30, here 3"`` for every field that differs."""
     pairs = ((name, getattr(there, name), getattr(here, name)) for name in type(there).model_fields)
     return [f"{name} {was!r}, here {now!r}" for name, was, now in pairs if was != now]
-
-
-def digest_of(plain: JSONDict) -> str:
-    """SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

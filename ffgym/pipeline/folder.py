@@ -22,7 +22,7 @@ from ffgym.config.toml import differences, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import COPY, FileFormat, check_writable, disk_errors, exclusive_lock, is_of_disk, write_text
+from ffgym.files import COPY, FileFormat, check_writable, disk_errors, exclusive_lock, is_of_disk, remove, write_text
 from ffgym.prepare import configured
 from ffgym.tracking.masking import masked
 from ffgym.types import JSONDict
@@ -137,7 +137,7 @@ def remove_half_written(folder: Path) -> None:
     """Remove what was being written when the run was killed; the folder must be held, or the run may be alive."""
     for path in contents(folder):
         if (left := LEFTOVER.fullmatch(path.name)) and _is_written(left[1]):
-            _remove(path)
+            remove(path)
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -306,14 +306,7 @@ def clear_folder(folder: Path) -> None:
     """
     _refuse_what_is_foreign(folder)
     for path in contents(folder):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+        remove(path)
 
 
 @contextmanager
