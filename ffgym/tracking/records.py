@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from ffgym.report.progress import Reporter
 from ffgym.tracking.masking import masked
 from ffgym.tracking.models import log_model
 from ffgym.tracking.store import PARENT_TAG
@@ -30,7 +29,7 @@ DIGEST_CHARACTERS = 36
 def send(client: Any, run_id: str, record: JSONDict) -> None:
     """Write one record; of a file that is gone, or of what MLflow refuses, say so and go on."""
     if "path" in record and not Path(record["path"]).exists():
-        _say(f"{record['path']} is not there any more, so MLflow does not get it")
+        Reporter().print(f"{record['path']} is not there any more, so MLflow does not get it")
         return
     from mlflow.exceptions import MlflowException
 
@@ -41,11 +40,7 @@ def send(client: Any, run_id: str, record: JSONDict) -> None:
         # A store refuses everything of a deleted run, but that may be restored.
         if error.error_code not in REFUSALS or client.get_run(run_id).info.lifecycle_stage != "active":
             raise
-        _say(f"MLflow refuses {record['write']} of this run: {masked(str(error).splitlines()[0])}")
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, soft_wrap=True, highlight=False, markup=False)
+        Reporter().print(f"MLflow refuses {record['write']} of this run: {masked(str(error).splitlines()[0])}")
 
 
 def _metrics(client: Any, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
