@@ -41,8 +41,6 @@ def search(task: Task, agent: Agent, session: Session) -> Searched:
         SearchInterrupted: Ctrl-C; what was found so far is written.
     """
     config, tracker, folder = task.config, session.tracker, session.folder
-    if config.prune.uniform and agent.searches:
-        _say_how_many_shapes(task, session)
     give_prior(agent, task)
     tracker.set_tags(run_tags(task))
     log_splits(tracker, task.splits)
@@ -138,15 +136,6 @@ def tracked_search(
             on_progress=stage.partly,
             on_finals=on_finals,
         )
-
-
-def _say_how_many_shapes(task: Task, session: Session) -> None:
-    for target in task.config.targets:
-        count = len(task.env.budget.shapes(target))
-        many = f"{count} shapes use up the budget, and the finals measure them all"
-        one = "one shape uses up the budget, so there is nothing to choose"
-        where = f" at {target:.1%}" if task.config.prune.is_range else ""
-        session.progress.print(f"uniform{where}: {many if count > 1 else one}")
 
 
 def compares_with_random(config: RunConfig) -> bool:
