@@ -223,7 +223,10 @@ def _refuse_device(device: str) -> None:
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="demo (or dense), folders of models or runs, .gguf files, hub ids", show_default=False),
+        typer.Argument(
+            help="folders of models or runs, .gguf files, hub ids, demo; dense is what the others were pruned from",
+            show_default=False,
+        ),
     ] = None,
     more: Annotated[list[str] | None, typer.Option("--model", help="another model; repeatable")] = None,
     tasks: Annotated[
@@ -264,9 +267,9 @@ def evaluate(
 ) -> None:
     """Measure models side by side: zero-shot tasks, by lm-eval with its own task definitions, and perplexity on texts.
 
-    ffgym eval demo runs/my-run/model --tasks piqa,arc_easy --limit 100
+    ffgym eval dense runs/my-run/model --tasks piqa,arc_easy --limit 100
 
-    ffgym eval demo runs/my-run/model --text held-out.txt
+    ffgym eval dense runs/my-run/model --text held-out.txt
     """
     from rich.console import Console
 
@@ -277,7 +280,7 @@ def evaluate(
 
     names = [*(models or []), *(more or [])]
     if not names:
-        raise typer.BadParameter("name at least one model, e.g. ffgym eval demo runs/my-run/model")
+        raise typer.BadParameter("name at least one model, e.g. ffgym eval dense runs/my-run/model")
     output = _checked(output, task_table.FILE_KINDS, overwrite)
     texts = texts or []
     wanted = [name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else []

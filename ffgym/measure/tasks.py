@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffgym.data.corpora import Corpus
-from ffgym.errors import ModelError, raising_if_out_of_memory
+from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
 from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
 from ffgym.report.paired import standard_error
@@ -27,14 +27,15 @@ from ffgym.types import OnStep, do_nothing, perplexity_of
 if TYPE_CHECKING:
     from ffgym.measure.texts import TextLosses
     from ffgym.models.loading import LoadedModel
+    from ffgym.models.origin import DenseModel
 
 Stages = Callable[[str, int], AbstractContextManager[OnStep]]
 """Opens a stage of work, by its label and its total."""
 
 # acc is the share of right answers; acc_norm first divides an answer's log-likelihood by its length.
 MEANS = {"acc": ("acc",), "acc_norm, else acc": ("acc_norm", "acc")}
-# Tables call the unpruned model "dense"; by default that is the demo model.
-DENSE, DENSE_MODEL = "dense", "demo"
+DENSE = "dense"  # names the model that the other ones were pruned from
+INSTEAD_OF_DENSE = "Name the model itself in place of dense; the demo model is called demo."
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def evaluate_models(
 
     Args:
         names: what :func:`ffgym.models.loading.load` takes, or folders of runs, whose models are meant; ``"dense"`` is
-            another name of the demo model.
+            the model that those in the other folders were pruned from.
         limit: examples to measure a task, the first ones; ``None`` for all.
 
     Yields:
@@ -247,13 +248,18 @@ def evaluate_models(
 
     Raises:
         ModelError: a model that cannot be loaded or measured.
+        ConfigError: see :func:`check_models`.
     """
     from ffgym.measure.texts import digest_to_compare, uses_of
     from ffgym.models.loading import load
 
     done, digest_of = list[ModelScores](), cache(digest_to_compare)  # each text is read once for all models
+    dense = _dense_of(names)
     for name in names:
-        model = load(_loaded_name(name), dtype=dtype, device=device, any_family=True)
+        source, revision = (
+            (_loaded_name(name), None) if dense is None or name != DENSE else (dense.name, dense.revision)
+        )
+        model = load(source, revision=revision, dtype=dtype, device=device, any_family=True)
         scores = ModelScores(name, model.description, model.dtype_name, str(model.device))
         done.append(scores)
         for task in tasks.tasks:
@@ -272,11 +278,42 @@ def check_models(names: Sequence[str]) -> None:
 
     Raises:
         ModelError: a folder that holds no model, or several, a missing file, pickled weights.
+        ConfigError: ``"dense"``, and no other name has a record of its dense model, or two name different ones.
     """
     from ffgym.models.loading import check_source
 
-    for name in sorted(map(_loaded_name, names), key=lambda name: name == DENSE_MODEL):  # which may have to be fetched
+    dense = _dense_of(names)
+    others = [_loaded_name(name) for name in names if name != DENSE]
+    for name in sorted(others, key=lambda name: name == "demo"):  # which may have to be fetched
         check_source(name)
+    if dense is not None:
+        with dense.named(INSTEAD_OF_DENSE):
+            check_source(dense.name, revision=dense.revision)
+
+
+def _dense_of(names: Sequence[str]) -> DenseModel | None:
+    """The model that the others were pruned from, by their records; ``None`` where nobody asks for it."""
+    from ffgym.models.origin import recorded_dense_model
+
+    if DENSE not in names:
+        return None
+    folders = {name: Path(_loaded_name(name)).expanduser() for name in names if name not in (DENSE, "demo")}
+    try:
+        recorded = {name: recorded_dense_model(folder) for name, folder in folders.items() if folder.is_dir()}
+    except ConfigError as error:
+        raise ConfigError(error.message, hint=INSTEAD_OF_DENSE) from error
+    found = {model.identity: (name, model) for name, model in recorded.items() if model is not None}
+    if not found:
+        raise ConfigError(
+            "cannot tell which model 'dense' is: no run or saved model is named whose record names its dense model",
+            hint=INSTEAD_OF_DENSE,
+        )
+    if len(found) > 1:
+        each = " and ".join(
+            f"{name!r} was pruned from {' at '.join(filter(None, model.identity))!r}" for name, model in found.values()
+        )
+        raise ConfigError(f"'dense' would be several models: {each}", hint=INSTEAD_OF_DENSE)
+    return next(iter(found.values()))[1]
 
 
 def _loaded_name(name: str) -> str:
@@ -284,8 +321,8 @@ def _loaded_name(name: str) -> str:
     from ffgym.models.checkpoint import models_of_run
     from ffgym.models.origin import model_folder
 
-    if name in (DENSE, DENSE_MODEL):
-        return DENSE_MODEL
+    if name == "demo":
+        return name
     folder = Path(name).expanduser()
     is_run = models_of_run(folder) or (folder / "config.toml").is_file()
     return str(model_folder(folder)) if is_run else name

@@ -185,11 +185,11 @@ def load(
     return LoadedModel(model, tokenizer, name, description, first.dtype, first.device, towers=towers, saved_dtype=saved)
 
 
-def check_source(name: str) -> None:
+def check_source(name: str, *, revision: str | None = None) -> None:
     """Raise what :func:`load` would raise before it reads weights, so that no model waits in vain for another."""
     local, _ = _locate(name)
     if local is None:
-        _hub_config(name, None, any_family=True)
+        _hub_config(name, revision, any_family=True)
 
 
 def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:

@@ -72,8 +72,14 @@ class DenseModel:
     said_by: str  # an option or a file
     called: str | None = None  # what it is called there, where that name does not lead to it from here
 
+    @property
+    def identity(self) -> tuple[str, str | None]:
+        """Its name and revision, the same for a folder or a file by whatever path."""
+        place = absolute_name(self.name)
+        return self.name if place is None else os.path.realpath(place), self.revision
+
     @contextmanager
-    def named(self) -> Iterator[None]:
+    def named(self, hint: str = "Name it with --dense MODEL, as it is called from here.") -> Iterator[None]:
         """Say which record named a model that cannot be had."""
         try:
             yield
@@ -84,7 +90,7 @@ class DenseModel:
             began = "" if self.called is None else f"; it was the {was} {self.name} where the run began"
             raise ModelError(
                 f"{self.said_by} names {self.called or self.name!r} as the dense model{began}: {error.message}",
-                hint="Name it with --dense MODEL, as it is called from here.",
+                hint=hint,
             ) from error
 
 

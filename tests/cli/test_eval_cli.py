@@ -242,6 +242,47 @@ def test_models_of_two_tokenizers_are_not_compared(folder: Path, text: Path, tmp
     assert "tokenizers differ" in done.stdout
 
 
+def run_of(dense: str, folder: Path, run: Path) -> str:
+    """A run that pruned a model, and saved it."""
+    task_wheel.save_pruned_model(folder, run / "model")
+    (run / "config.toml").write_text(f"[model]\nname = {json.dumps(dense)}\n")
+    return str(run)
+
+
+def test_dense_is_the_model_that_the_others_were_pruned_from(
+    folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = run_of(str(folder), folder, tmp_path / "run"), run_of("./own/model", folder, tmp_path / "other")
+    (tmp_path / "own").symlink_to(folder.parent)
+    monkeypatch.chdir(tmp_path)
+    done = call("dense", run, f"{other}/model", str(folder), "--text", str(text), "--limit", "2", "--json")
+    assert done.exit_code == 0, done.stderr
+    dense, *pruned, itself = (model["texts"][str(text)]["losses"] for model in json.loads(done.stdout)["models"])
+    assert dense == itself
+    assert dense not in pruned
+
+
+@pytest.mark.parametrize(
+    ("others", "complaint"),
+    [
+        ([], "cannot tell which model 'dense' is"),
+        (["{folder}"], "cannot tell which model 'dense' is"),
+        (["{run}", "{demo}"], "'{run}' was pruned from '{folder}' and '{demo}' was pruned from 'demo'"),
+        (["{gone}"], "{gone}/config.toml names './gone' as the dense model: "),
+        (["{damaged}"], "{damaged}/config.toml is no record of a dense model"),
+    ],
+)
+def test_a_dense_model_that_nobody_can_tell(
+    folder: Path, text: Path, tmp_path: Path, others: list[str], complaint: str
+) -> None:
+    bases = {"run": str(folder), "demo": "demo", "gone": "./gone", "damaged": "demo"}
+    names = {name: run_of(base, folder, tmp_path / name) for name, base in bases.items()} | {"folder": str(folder)}
+    (tmp_path / "damaged" / "config.toml").write_text("no TOML")
+    done = call("dense", *(each.format(**names) for each in others), "--text", str(text))
+    refused(done, complaint.format(**names))
+    assert "the demo model is called demo" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

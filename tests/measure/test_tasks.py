@@ -325,13 +325,13 @@ def test_a_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
     assert len(alive) == 2
 
 
-def test_dense_is_another_name_of_the_demo_model(monkeypatch):
+def test_the_demo_model_is_looked_for_last_for_it_may_have_to_be_fetched(monkeypatch):
     import ffgym.models.loading
 
     seen: list[str] = []
     monkeypatch.setattr(ffgym.models.loading, "check_source", seen.append)
-    check_models(["dense", "demo", "other"])
-    assert seen == ["other", "demo", "demo"]
+    check_models(["demo", "other"])
+    assert seen == ["other", "demo"]
 
 
 def test_all_models_are_looked_for_before_the_first_is_measured(folder, tmp_path):
