@@ -91,11 +91,16 @@ def _condition(text: str) -> tuple[str, str]:
 
 
 def _matches(run: TrackedRun, column: str, wanted: str) -> bool:
-    """Whether a value is what was asked for: by a pattern, in full or as shown, or a number to the decimals typed."""
+    """Whether a value is what is wanted: by a pattern, in full or as shown, or a number to the decimals typed.
+
+    A run's sparsity is the one that it reached and the one that it was asked for.
+    """
     value = getattr(run, column)
     if isinstance(value, int | float):
         with suppress(ValueError):
-            return round(value, len(wanted.partition(".")[2])) == float(wanted)
+            number, decimals = float(wanted), len(wanted.partition(".")[2])
+            values = [value, value if column != "sparsity" or run.target is None else run.target]
+            return any(round(each, decimals) == number for each in values)
     texts = {"" if value is None else str(value), _cell(run, column)} - {""}
     return any(fnmatch(text.lower(), wanted.lower()) for text in texts)
 

@@ -14,9 +14,11 @@ from ffgym.config.toml import PLUGIN_TABLES, differences, written
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
 from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command, stored_config
+from ffgym.prepare.configured import ONCE
 from ffgym.report.comparison import ComparedRun, Comparison
 from ffgym.report.front import Front
 from ffgym.report.table import ReportTable, Row
+from ffgym.tracking.names import parameters
 from ffgym.tracking.runs import find_run, run_with_id
 
 TABLE = FileFormat("table of a run", ReportTable, OutputError, MEASURE_AGAIN)
@@ -114,7 +116,8 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
                 hint="Perplexities of different text cannot be compared: repeat one run with the other's report split.",
             )
         config, changes = run.config, _changes(first.config, run.config)
-        names = (_name(run, runs), config.agent.name, config.criterion.name, config.prune.resource)
+        agent = parameters(config.model_dump(mode="json"))["agent"]  # as `ffgym runs` and MLflow show it
+        names = (_name(run, runs), agent, config.criterion.name, config.prune.resource)
         target = config.main_target if config.prune.is_range else None
         compared.append(ComparedRun(*names, run.table, changes, target))
     return Comparison(tuple(compared))
@@ -123,6 +126,8 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
 def _changes(first: RunConfig, config: RunConfig) -> str:
     """``"search.episodes = 48 (not 96)"``; of a plugin that is another one, without its options."""
     found = {key: f"{key} = {written(here)} (not {written(there)})" for key, there, here in differences(first, config)}
+    if "one-shot" in (first.agent.name, config.agent.name):  # a rule is measured once, whatever the other run was told
+        found = {key: text for key, text in found.items() if key not in {f"search.{name}" for name in ONCE}}
 
     def belongs_to_another(key: str) -> bool:
         table, _, own = key.partition(".")

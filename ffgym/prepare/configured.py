@@ -20,6 +20,7 @@ from ffgym.types import JSONDict
 
 # Of its target, a sparsity that a cubic ramp has come to: the last update of the paper's 1,000 episodes is below it.
 NEARLY = 0.99
+ONCE = {"episodes": 1, "episodes_per_update": 1}  # of [search], where nothing is searched
 ALL_TABLES = tuple(kind.table for kind in KINDS.values() if kind.table)
 
 
@@ -130,7 +131,7 @@ def resolve_agent(config: RunConfig) -> RunConfig:
         return config
     inherited = config.prior.options if config.prior.name == name else {}
     prior = type(config.prior)(name=name, **{**inherited, **config.agent.options})
-    once = config.search.model_copy(update={"episodes": 1, "episodes_per_update": 1})
+    once = config.search.model_copy(update=ONCE)
     return config.model_copy(update={"agent": type(config.agent)(name="one-shot"), "prior": prior, "search": once})
 
 

@@ -57,7 +57,7 @@ def parameters(config: Mapping[str, Any]) -> dict[str, str]:
     """
     flat = flatten(config)
     if flat.get("agent.name") == "one-shot":
-        flat["agent.name"] = f"{flat.get('prior.name')} (one-shot)"  # named as in the report, after the heuristic
+        flat["agent.name"] = flat.get("prior.name")  # named as in the report, after the heuristic
     unused = {
         table for table, switches in SWITCHES.items() if all(flat.get(f"{table}.{key}") == "none" for key in switches)
     }

@@ -26,10 +26,11 @@ class TrackedRun:
     name: str
     status: str  # "finished", "failed", "killed" or "running"
     started: datetime  # when, in UTC
-    agent: str | None = None  # who searched; of a heuristic without a search "one-shot"
+    agent: str | None = None  # who searched, or the heuristic that was measured without a search
     criterion: str | None = None
     model: str | None = None  # what was pruned, as model.name has it
     sparsity: float | None = None  # what was reached over the prunable sublayers, in [0, 1], or else the target
+    target: float | None = None  # the sparsity that was asked for; None for a range
     sparsity_range: str | None = None  # the targets of a run over a range, as MLflow shows them, such as "0.1:0.6"
     result: float | None = None  # perplexity on the report split of the model that was saved
     ratio: float | None = None  # result as a multiple of the dense model's
@@ -128,7 +129,8 @@ def run_or_none(client: Any, run_id: str) -> Any:
 
 def _tracked(run: Any) -> TrackedRun:
     params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
-    target = params.get("sparsity")
+    asked = params.get("sparsity")
+    target = _number(asked)
     tokens, folder = metrics.get("result/search_tokens"), tags.get(FOLDER_TAG)
     return TrackedRun(
         id=run.info.run_id,
@@ -138,8 +140,9 @@ def _tracked(run: Any) -> TrackedRun:
         agent=params.get("agent"),
         criterion=params.get("criterion"),
         model=params.get("model"),
-        sparsity=metrics.get("result/sparsity", _number(target)),
-        sparsity_range=target if target is not None and _number(target) is None else None,
+        sparsity=metrics.get("result/sparsity", target),
+        target=target,
+        sparsity_range=asked if target is None else None,
         result=metrics.get("result/perplexity"),
         ratio=metrics.get("result/ratio_to_dense"),
         tokens=None if tokens is None else round(tokens),

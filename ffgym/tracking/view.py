@@ -18,6 +18,7 @@ WIDTHS = {  # pixels, by column, from left to right
     "params.`sparsity`": 80,
     RESULT: 140,
     "metrics.`result/ratio_to_dense`": 160,
+    "metrics.`result/sparsity`": 120,
     "metrics.`result/search_tokens`": 160,
 }
 STATE = {

@@ -15,8 +15,10 @@ from stored_runs import LOSSES, write_run
 from typer.testing import CliRunner
 
 from ffgym.cli import app
+from ffgym.config.toml import load_config, to_toml
 from ffgym.pipeline.artifacts import write_table
 from ffgym.pipeline.stored import read_table
+from ffgym.prepare.configured import resolve_agent
 from ffgym.report.table import Cost
 from ffgym.tracking.store import FOLDER_TAG
 from ffgym.tracking.tracker import Result, Tracker
@@ -93,6 +95,16 @@ def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_
     )
     assert said in " ".join(done.stdout.split())
     assert "better differs" not in done.stdout
+
+
+def test_rules_have_their_names_and_no_settings_that_nobody_chose(runs: dict[str, Path], tmp_path: Path) -> None:
+    for name, rule in (("better", "flap"), ("tied", "fisher")):
+        (runs[name] / "config.toml").write_text(to_toml(resolve_agent(load_config(agent={"name": rule}))))
+    done = call(runs["one"], runs["better"], runs["tied"], "--json", "--output", tmp_path / "out")
+    assert [run["agent"] for run in json.loads(done.stdout)["runs"]] == ["reinforce", "flap", "fisher"]
+    assert "search.episodes" not in (tmp_path / "out" / "comparison.md").read_text()
+    said = " ".join(call(runs["better"], runs["tied"], "--output", tmp_path / "out").stdout.split())
+    assert 'tied differs from better: prior.name = "fisher" (not "flap").' in said
 
 
 def test_a_range_is_compared_by_one_point_and_it_is_said_which(runs: dict[str, Path], tmp_path: Path) -> None:

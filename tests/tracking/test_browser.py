@@ -134,7 +134,7 @@ def picture(page: Any, name: str) -> None:
 
 def test_the_runs_are_sorted_by_result_with_the_columns_that_tell(page: Any) -> None:
     wanted = ["agent", "criterion", "model", "sparsity"]
-    wanted += ["result/perplexity", "result/ratio_to_dense", "result/search_tokens"]
+    wanted += ["result/perplexity", "result/ratio_to_dense", "result/sparsity", "result/search_tokens"]
     page.wait_for_function(COLUMNS_STAND_IN_ORDER, arg=wanted)
     column = "[col-id='metrics.`result/perplexity`']"
     page.wait_for_function(CELLS_ARE_FILLED, arg=[column, len(AGENTS) + 2])

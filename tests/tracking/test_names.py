@@ -23,7 +23,7 @@ def test_what_decides_nothing_is_no_parameter():
 
 def test_a_rule_in_one_shot_is_called_after_its_heuristic():
     flat = {"agent": {"name": "one-shot"}, "prior": {"name": "owl"}}
-    assert parameters(flat)["agent"] == "owl (one-shot)"
+    assert parameters(flat)["agent"] == "owl"
 
 
 def test_a_plugin_may_call_its_options_as_it_likes():

@@ -164,6 +164,16 @@ def test_it_is_filtered(root, condition, found):
     assert set(names(root, "--filter", condition)) == found
 
 
+def test_a_run_is_found_by_the_sparsity_that_was_asked_for_and_by_the_one_that_was_reached(tmp_path, monkeypatch):
+    """A KV budget, or one shape for all layers, removes more than was asked for: units are large."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = new_store(tmp_path / "mlruns")
+    track(root, "kv", result=Result(22.0, 20.0, 0.375), prune={"sparsity": 0.3})
+    for condition, found in (("0.3", ["kv"]), ("0.375", ["kv"]), ("37.5%", ["kv"]), ("0.5", [])):
+        assert names(root, "--filter", f"sparsity={condition}") == found
+    assert "37.5%" in listed(root)
+
+
 def test_a_folder_lists_the_runs_that_lie_there(root):
     assert names(root, str(root.parent / "first")) == ["first"]
     assert set(names(root, str(root.parent))) >= {"first", "second", "twice"}

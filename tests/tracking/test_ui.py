@@ -31,7 +31,7 @@ def test_every_experiment_has_the_view_of_its_runs(root):
         assert tags["mlflow.experimentKind"] == "custom_model_development"
         view = json.loads(tags["mlflow.sharedViewState.ffgym"])
         assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`result/perplexity`", True)
-        assert "params.`agent`" in view["selectedColumns"]
+        assert {"params.`agent`", "metrics.`result/sparsity`"} <= set(view["selectedColumns"])
 
 
 def test_the_root_is_a_folder_and_no_address(root):
