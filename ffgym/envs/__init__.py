@@ -18,4 +18,5 @@ if ENV_ID not in registry:
         id=ENV_ID,
         entry_point="ffgym.pipeline.make_env:make_pruning_env",
         vector_entry_point="ffgym.pipeline.make_env:make_pruning_vector_env",
+        disable_env_checker=True,  # it fails at every step where the first reset was refused
     )

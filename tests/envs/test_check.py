@@ -21,7 +21,7 @@ import ffgym.envs
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import DataError, FFGymError
+from ffgym.errors import DataError, FFGymError, UnknownNameError
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.prepare.paths import prepare
 from ffgym.pruning.budget import Budget
@@ -77,6 +77,16 @@ def test_gymnasium_makes_the_environment_by_name(tiny_run):
     env.reset(seed=0)
     assert env.step(action)[1] == reward, "the same seed and action give the same bits"
     env.close()
+
+
+def test_a_first_reset_that_is_refused_breaks_nothing(tiny_run):
+    """As it did while Gymnasium's own passive checker was around it, which keeps what the first reset returned."""
+    env = gymnasium.make(ffgym.envs.ENV_ID, config=tiny_run)
+    with pytest.raises(UnknownNameError, match="Did you mean 'sparsity'"):
+        env.reset(options={"sparsty": 0.3})
+    for _ in range(2):
+        env.reset(seed=0)
+        assert env.step(np.zeros(env.action_space.shape, np.float32))[2] is True
 
 
 @pytest.mark.parametrize(
