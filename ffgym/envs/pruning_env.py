@@ -381,9 +381,15 @@ def _number(option: str, given: Any) -> float:
 
 def _indices(option: str, given: Sequence[int]) -> tuple[int, ...]:
     try:
-        return tuple(operator.index(each) for each in given)
+        return tuple(_index(each) for each in given)
     except TypeError:
         raise _mistyped(option, given, "a list of whole numbers") from None
+
+
+def _index(given: Any) -> int:
+    if isinstance(given, bool) or getattr(given, "dtype", None) is torch.bool:  # of a mask, and not 0 or 1
+        raise TypeError
+    return operator.index(given)
 
 
 def _mistyped(option: str, value: object, wanted: str) -> DataError:

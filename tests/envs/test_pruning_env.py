@@ -192,6 +192,8 @@ class TestTasks:
             ({"subset": 0}, "a list of whole numbers"),
             ({"subset": "01"}, "a list of whole numbers"),
             ({"subset": [0.7]}, "a list of whole numbers"),
+            ({"subset": [True, False]}, "a list of whole numbers"),  # a mask, and not windows 1 and 0
+            ({"subset": torch.tensor([True, False])}, "a list of whole numbers"),
             ({"examples": 0}, "a list of whole numbers"),
             ({"slopes": "no"}, "True or False"),
         ],
