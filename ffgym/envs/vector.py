@@ -24,7 +24,7 @@ from gymnasium.vector.utils import batch_space
 
 from ffgym.envs.pruning_env import OBJECTIVE, Outcome, PruningEnv, Trial
 from ffgym.envs.schedule import Schedule, stratified
-from ffgym.errors import DataError, UnknownNameError
+from ffgym.errors import DataError
 from ffgym.plugins.contracts import check_actions
 from ffgym.types import Episode, do_nothing
 
@@ -140,11 +140,13 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         Of a list of seeds the first one counts.
 
         Raises:
-            DataError: an empty list of seeds.
-            UnknownNameError: there are no options, because the schedule sets the task of every update.
+            DataError: an empty list of seeds; an option, because the schedule sets the task of every update.
         """
         for option in options or {}:
-            raise UnknownNameError("reset option of the vector environment", str(option), ())
+            raise DataError(
+                f"a vector environment has no reset options, and was given {str(option)!r}: its schedule sets the task",
+                hint="Set prune.sparsity, or use a single environment, which takes options with every reset.",
+            )
         with self.env.one_thread:
             super().reset(seed=first_seed(seed))
             if self.schedule.low is not None:

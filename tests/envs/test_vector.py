@@ -15,7 +15,7 @@ from measured_alone import Recording
 from ffgym.envs.sb3 import SB3VecEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import DataError, ModelError, UnknownNameError
+from ffgym.errors import DataError, ModelError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import BatchAgent
 from ffgym.testing.toys import SeparableEnv
@@ -88,9 +88,10 @@ def test_ramps_over_episodes_go_on_with_every_update(env):
 
 
 def test_reset_takes_no_options(env):
-    with pytest.raises(UnknownNameError, match="unknown reset option of the vector environment 'sparsity'"):
+    with pytest.raises(DataError, match="no reset options, and was given 'sparsity'") as refused:
         vector_of(env).reset(options={"sparsity": 0.2})
-    with pytest.raises(UnknownNameError, match="'1'"):
+    assert "Set prune.sparsity, or use a single environment" in refused.value.hint
+    with pytest.raises(DataError, match="'1'"):
         vector_of(env).reset(options={1: 2})
 
 
@@ -124,7 +125,7 @@ def test_draws_the_dense_model_before_the_first_update(env):
 def test_options_that_stable_baselines3_sets_are_refused_as_well_and_forgotten(env):
     adapter = SB3VecEnv(vector_of(env))
     adapter.set_options({"sparsity": 0.1})
-    with pytest.raises(UnknownNameError, match="sparsity"):
+    with pytest.raises(DataError, match="sparsity"):
         adapter.reset()
     assert adapter.reset().shape == (3, 2)
 
