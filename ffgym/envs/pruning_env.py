@@ -21,7 +21,7 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
-from ffgym.errors import DataError, UnknownNameError
+from ffgym.errors import DataError, UnknownNameError, first_line
 from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, OneThread, Request
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
@@ -276,12 +276,15 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Prune as the action says, measure, put the dense model back.
 
         Raises:
+            BudgetError: an action of another shape, or not finite.
+            DataError: an action of anything but real numbers.
             ModelError: another thread is using the environment.
             ResetNeeded: before the first ``reset``.
         """
         with self.one_thread:
             if not self._subset:
                 raise ResetNeeded("Cannot call env.step() before calling env.reset()")
+            action = real_numbers(action)
             allocation = self.budget.project(action, self._target)
             trial = Trial(allocation, self._subset, self._examples, slopes_at=action if self._slopes else None)
             (outcome,) = self.outcomes([trial])
@@ -370,6 +373,19 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         if "cost" not in self.reward.needs:
             return None
         return {resource: prices.allocation(kept).cost for resource, prices in self.prices.items()}
+
+
+def real_numbers(actions: Any) -> np.ndarray:
+    """Actions as an array; raises ``DataError`` for text, complex numbers, and what NumPy cannot read."""
+    try:
+        array = np.asarray(actions)
+        array = array.astype(np.float64) if array.dtype == object else array
+        if array.dtype.kind in "biuf":
+            return array
+        why = f"their type is {array.dtype.type.__name__}"
+    except (RuntimeError, TypeError, ValueError) as error:  # torch's is a RuntimeError for a tensor that requires grad
+        why = first_line(error)
+    raise DataError(f"actions must be real numbers: {why}", hint="Give one importance in [-1, 1] for each sublayer.")
 
 
 def _number(option: str, given: Any) -> float:

@@ -14,6 +14,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
+from ffgym.envs.pruning_env import real_numbers
 from ffgym.errors import ConfigError, DataError
 
 
@@ -69,11 +70,12 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc]  # SB3 is not type-checked here
         return np.asarray(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Remember the offsets, shape (num_envs, 2L); raises ``DataError`` for another shape."""
+        """Remember the offsets, shape (num_envs, 2L); raises ``DataError`` for another shape, or no real numbers."""
+        actions = real_numbers(actions)
         shape = (self.num_envs, *self.action_space.shape)
-        if np.shape(actions) != shape:
+        if actions.shape != shape:
             raise DataError(
-                f"actions have shape {np.shape(actions)}, not {shape}: (environments, sublayers)",
+                f"actions have shape {actions.shape}, not {shape}: (environments, sublayers)",
                 hint="Give one action for each environment.",
             )
         self._actions = actions

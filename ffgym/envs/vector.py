@@ -22,7 +22,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from ffgym.envs.pruning_env import OBJECTIVE, Outcome, PruningEnv, Trial
+from ffgym.envs.pruning_env import OBJECTIVE, Outcome, PruningEnv, Trial, real_numbers
 from ffgym.envs.schedule import Schedule, stratified
 from ffgym.errors import DataError
 from ffgym.plugins.contracts import check_actions
@@ -160,6 +160,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             actions: shape (num_envs, 2L), or fewer rows for a smaller update.
 
         Raises:
+            DataError: actions of anything but real numbers.
             ValueError: actions of another shape, not finite, or outside [-1, 1].
             ResetNeeded: before ``reset``.
         """
@@ -167,7 +168,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             raise ResetNeeded("Cannot call env.step() before calling env.reset()")
         shape = (self.num_envs, len(self.env.budget.sublayers))
         with self.env.one_thread:
-            return self.measure(check_actions(actions, shape))
+            return self.measure(check_actions(real_numbers(actions), shape))
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Draw what every episode of the last update kept; see `PruningEnv.render`."""

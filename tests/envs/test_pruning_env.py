@@ -266,3 +266,18 @@ class TestFailures:
         env.reset(seed=0)
         with pytest.raises(BudgetError, match="finite"):
             env.step(np.full(6, np.nan, np.float32))
+
+    @pytest.mark.parametrize(
+        ("action", "said"),
+        [
+            (["much"] * 6, "their type is str_"),
+            (np.full(6, "much", object), "could not convert string to float"),
+            ([0.5j] * 6, "their type is complex128"),
+            (torch.zeros(6, requires_grad=True), r".* requires grad\. Use tensor\.detach"),
+        ],
+    )
+    def test_actions_that_are_no_real_numbers_are_refused(self, env, action, said):
+        env.reset(seed=0)
+        with pytest.raises(DataError, match=f"actions must be real numbers: {said}") as refused:
+            env.step(action)
+        assert "one importance" in refused.value.hint

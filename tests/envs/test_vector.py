@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from measured_alone import Recording
@@ -482,6 +483,15 @@ class TestSmallerUpdates:
         for count in (0, 4):
             with pytest.raises(ValueError, match="actions have shape"):
                 vector.step(np.zeros((count, 6), np.float32))
+
+
+@pytest.mark.parametrize("made", [lambda vector: vector, SB3VecEnv], ids=["our own", "of Stable-Baselines3"])
+def test_actions_that_are_no_real_numbers_are_refused(env, made):
+    vector = made(vector_of(env))
+    vector.reset()
+    for wrong in (np.full((3, 6), "much"), np.full((3, 6), 0.5j), torch.zeros(3, 6, requires_grad=True)):
+        with pytest.raises(DataError, match="actions must be real numbers"):
+            vector.step(wrong)
 
 
 class TestTelling:
