@@ -244,7 +244,10 @@ def _begin(ray: Any, address: str | None, notify: Notify) -> None:
     hint = "Start one with ray start --head, or give --ray-address '' to use this machine alone."
     at = _noted() if address == "auto" else address
     if at is None:
-        raise WorkerError("no Ray cluster has been started on this machine", hint=hint)
+        hint += " Of one that was started with --temp-dir, give the address: HOST:PORT."
+        raise WorkerError("no Ray cluster is noted on this machine", hint=hint)
+    if at.startswith("ray://"):
+        hint += " A head answers at ray:// only where it has ray[client], which ffgym[ray] installs."
     _probe(at, hint)
     try:
         with warnings.catch_warnings():
