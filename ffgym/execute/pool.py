@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -189,9 +190,10 @@ class Pool:
         until = time.monotonic() + self._grace
         for worker in self._busy:
             self._crew.interrupt(worker)
-        while self._busy and time.monotonic() < until:
-            for news in self._crew.hear(1.0):
-                self._busy.pop(news.worker, None)
+        with suppress(WorkerError):  # of a cluster that is gone nobody is heard
+            while self._busy and time.monotonic() < until:
+                for news in self._crew.hear(1.0):
+                    self._busy.pop(news.worker, None)
         for worker in range(self.size):
             self._crew.dismiss(worker)
         self._starting, self._paused, self._ready, self._busy = set(), {}, set(), {}

@@ -34,7 +34,7 @@ from rich.console import Console
 
 from ffgym.errors import FFGymError, WorkerError, first_line
 from ffgym.evaluation.evaluator import Evaluator, Request
-from ffgym.execute.pool import ATTEMPTS, Answered, Failed, Lost, News, Pool, Ready
+from ffgym.execute.pool import ATTEMPTS, KEPT, Answered, Failed, Lost, News, Pool, Ready
 from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
@@ -341,6 +341,9 @@ class RayCrew:
         self._make, self._options, self._threads, self._on_line = make, options, threads, on_line
         # As arguments of a call: what Ray calls a runtime environment, it writes into its logs, and some are secrets.
         self._settings = {key: value for key, value in os.environ.items() if key.startswith(SENT)}
+        # Asked now, while it is connected. Ray's client would name the head's node, which may be another machine.
+        self._is_client = ray.util.client.ray.is_connected()
+        self._node = None if self._is_client else ray.get_runtime_context().get_node_id()
         actor = ray.remote(max_concurrency=CALLS)(_actor())
         self._actor = actor.options(max_restarts=0, max_task_retries=0, **options)
         self._actors: dict[int, Any] = {}
@@ -351,22 +354,25 @@ class RayCrew:
 
     def start(self, worker: int) -> None:
         """Begin to start a worker, see `Crew`."""
-        self._actors[worker] = actor = self._actor.remote()
         make = self._ray.cloudpickle.dumps(self._make)
-        loaded = actor.load.remote(make, self._threads, self._settings, os.getcwd())
-        self._calls[loaded] = worker, "load"
+        with self._reached():
+            self._actors[worker] = actor = self._actor.remote()
+            loaded = actor.load.remote(make, self._threads, self._settings, os.getcwd())
+            self._calls[loaded] = worker, "load"
 
     def give(self, worker: int, job: Any) -> None:
         """Hand a worker a job, see `Crew`."""
         self._jobs[worker] = number = self._jobs.get(worker, 0) + 1
         self._shares[worker] = 0.0
-        self._calls[self._actors[worker].call.remote("work", number, job)] = worker, "work"
-        self._watch(worker)
+        with self._reached():
+            self._calls[self._actors[worker].call.remote("work", number, job)] = worker, "work"
+            self._watch(worker)
 
     def interrupt(self, worker: int) -> None:
         """Have a worker give up its job, see `Crew`."""
-        if worker in self._jobs and self._ray.is_initialized():
-            self._actors[worker].call.remote("interrupt", self._jobs[worker])
+        if worker in self._jobs:
+            with contextlib.suppress(WorkerError), self._reached():  # where it is lost, nobody waits for its answer
+                self._actors[worker].call.remote("interrupt", self._jobs[worker])
 
     def dismiss(self, worker: int) -> None:
         """Kill a worker, see `Crew`."""
@@ -377,8 +383,7 @@ class RayCrew:
         with contextlib.suppress(Exception):  # the cluster may be gone
             self._ray.kill(actor, no_restart=True)
         node, process = self._processes.pop(worker, ("", 0))
-        is_here = node == self._ray.get_runtime_context().get_node_id()  # Ray's client says the head's
-        if process and is_here and not self._ray.util.client.ray.is_connected():
+        if process and node == self._node:
             _end(process)
 
     def share(self, worker: int) -> float:
@@ -389,10 +394,11 @@ class RayCrew:
         """What the workers that are starting wait for, see `Crew`."""
         asked = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
         wanted = {kind: number for kind, number in asked.items() if number}
-        answers = [actor.here.remote() for actor in self._actors.values()]
-        if not wanted or not answers or self._ray.wait(answers, timeout=PLACE_SECONDS)[0]:
-            return ""
-        free = self._ray.available_resources()
+        with self._reached():
+            answers = [actor.here.remote() for actor in self._actors.values()]
+            if not wanted or not answers or self._ray.wait(answers, timeout=PLACE_SECONDS)[0]:
+                return ""
+            free = self._ray.available_resources()
         needed = " and ".join(counted(number, kind) for kind, number in wanted.items())
         left = " and ".join(counted(int(free.get(kind, 0)), kind) for kind in wanted)
         return f"each needs {needed}, and the cluster has {left} free"
@@ -402,8 +408,9 @@ class RayCrew:
         if not self._calls:  # every worker is lost, and its place is taken later
             time.sleep(seconds)
             return []
-        self._ray.wait(list(self._calls), timeout=seconds)
-        ready, _ = self._ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        with self._reached():
+            self._ray.wait(list(self._calls), timeout=seconds)
+            ready, _ = self._ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
         news: list[News] = []
         for call in ready:
             if call in self._calls:  # a worker that is lost has several
@@ -412,7 +419,10 @@ class RayCrew:
 
     def _news(self, call: Any, worker: int, about: str) -> list[News]:
         try:
-            kind, content, lines = self._ray.get(call)
+            with self._reached():
+                kind, content, lines = self._ray.get(call)
+        except WorkerError:
+            raise
         except Exception as error:  # all that the worker raises comes as an answer
             self._forget(worker)
             if about == "load" and "ray::_Worker" in str(error):  # Python said so: nothing has ended the process
@@ -435,6 +445,19 @@ class RayCrew:
     def _watch(self, worker: int) -> None:
         if (worker, "watch") not in self._calls.values():
             self._calls[self._actors[worker].call.remote("watch")] = worker, "watch"
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Call Ray; raises ``WorkerError`` where its connection is lost: left to itself, Ray would join any cluster."""
+        lost = WorkerError("the connection to the Ray cluster is lost", hint=KEPT)
+        if not self._ray.is_initialized():
+            raise lost
+        try:
+            yield
+        except Exception as error:
+            if not self._is_client or isinstance(error, self._ray.exceptions.RayError):
+                raise
+            raise lost from error  # before Ray's client counts as disconnected
 
     def _forget(self, worker: int) -> None:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}

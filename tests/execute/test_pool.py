@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -14,7 +15,7 @@ import pytest
 
 from ffgym.errors import WorkerError
 from ffgym.evaluation.evaluator import Request
-from ffgym.execute.pool import Failed, Pool
+from ffgym.execute.pool import Failed, News, Pool
 from ffgym.execute.ray import RayCrew
 from ffgym.execute.shares import Shares, Speeds
 from ffgym.types import Evaluation
@@ -129,6 +130,41 @@ def test_hearing_of_nobody_takes_the_time_that_it_may() -> None:
     assert time.monotonic() - start >= MOMENT
 
 
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_lost_connection_is_one_error_and_ray_joins_no_other_cluster(is_noticed: bool) -> None:
+    """Every call of a Ray that is not initialised would start or join one; its client may not have noticed yet."""
+    ray = MagicMock()
+    ray.exceptions.RayError = type("RayError", (Exception,), {})
+    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": 1, "num_gpus": 0}, 1, print)
+    crew.start(0)
+    crew.give(0, "job")
+    ray.reset_mock()
+    if is_noticed:
+        ray.is_initialized.return_value = False
+    else:
+        ray.wait.side_effect = ConnectionError("Failed during this or a previous request.")
+    for call in (partial(crew.hear, MOMENT), crew.shortage):
+        with pytest.raises(WorkerError, match="the connection to the Ray cluster is lost") as raised:
+            call()
+        assert "`--resume` continues a run" in str(raised.value.hint)
+    crew.interrupt(0)
+    if is_noticed:
+        assert {str(call) for call in ray.mock_calls} == {"call.is_initialized()"}
+
+
+def test_ray_is_asked_nothing_once_ending_a_worker_has_shown_that_the_connection_is_lost() -> None:
+    def lose(*args: Any, **options: Any) -> None:
+        ray.is_initialized.return_value = False
+        raise ConnectionError("Failed during this or a previous request.")
+
+    ray = MagicMock()
+    ray.kill.side_effect = lose
+    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {}, 1, print)
+    crew.start(0)
+    crew.dismiss(0)
+    assert str(ray.mock_calls[-1]).startswith("call.kill(")
+
+
 def test_loading_that_no_worker_survives_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ffgym.execute.pool.PAUSE_SECONDS", MOMENT)
     crew = SleepingCrew(lambda worker: 0.0, dies=lambda worker, job: job == 0)
@@ -173,6 +209,21 @@ def test_closing_interrupts_and_dismisses() -> None:
     assert all(crew._enough[worker].is_set() for worker in range(2))
     with pytest.raises(WorkerError, match="this environment is closed, and its workers have ended"):
         pool.work(Shares(requests(2), Speeds()), 2)
+
+
+def test_closing_waits_for_nobody_whose_cluster_is_gone() -> None:
+    class Gone(SleepingCrew):
+        def hear(self, seconds: float) -> list[News]:
+            if self.given:
+                raise WorkerError("the connection is lost")
+            return super().hear(seconds)
+
+    crew = Gone(lambda worker: 60.0)
+    pool = Pool(crew, 1, print, grace=600.0)
+    with pytest.raises(WorkerError, match="the connection is lost"):
+        pool.work(Shares(requests(1), Speeds()), 1)
+    pool.close()
+    assert crew._enough[0].is_set()
 
 
 def _interrupt_when(happened: Callable[[], bool]) -> Callable[[], None]:

@@ -112,6 +112,9 @@ def test_from_outside_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             (tmp_path / "die").touch()
             asked = [Request((i,), (0,)) for i in range(5)]
             until(lambda: [e.loss for e in executor.measure(asked)] == [0, 1, 2, 3, 4] and len(said) > 1)
+            machines.head_node.kill_raylet()
+            with pytest.raises(WorkerError, match="the connection to the Ray cluster is lost"):
+                until(lambda: not executor.measure(asked))
     finally:
         machines.shutdown()
 
