@@ -138,6 +138,7 @@ class Pool:
         self._busy: dict[int, _Busy] = {}
         self._attempts = dict.fromkeys(range(size), 0)
         self._heard = time.monotonic()
+        self._has_run = False
         self._is_explained = False
         self._is_closed = False
 
@@ -205,6 +206,7 @@ class Pool:
                 self._starting.discard(worker)
                 self._ready.add(worker)
                 self._attempts[worker] = 0
+                self._has_run = True
             case Answered(answer=answer):
                 job = self._busy.pop(worker)
                 self._ready.add(worker)
@@ -255,7 +257,8 @@ class Pool:
         if now - self._heard > SILENT_SECONDS and not self._is_explained:
             self._is_explained = True
             if shortage := self._crew.shortage():
-                self._notify(f"no worker has started yet: {shortage}; waiting for {START_SECONDS / 60:.0f} min at most")
+                state = "is running" if self._has_run else "has started yet"
+                self._notify(f"no worker {state}: {shortage}; waiting for {START_SECONDS / 60:.0f} min at most")
 
 
 def too_often(what: str) -> FFGymError:

@@ -398,6 +398,8 @@ class RayCrew:
             answers = [actor.here.remote() for actor in self._actors.values()]
             if not wanted or not answers or self._ray.wait(answers, timeout=PLACE_SECONDS)[0]:
                 return ""
+            if not any(node["Alive"] for node in self._ray.nodes()):
+                return "the cluster has no machine left"
             free = self._ray.available_resources()
         needed = " and ".join(counted(number, kind) for kind, number in wanted.items())
         left = " and ".join(counted(int(free.get(kind, 0)), kind) for kind in wanted)

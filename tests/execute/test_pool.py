@@ -185,6 +185,31 @@ def test_what_workers_wait_for_is_told_once(shortage: str, monkeypatch: pytest.M
     assert said == ["loading the model in 2 workers", *why]
 
 
+def test_workers_that_have_run_are_not_said_to_start_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Emptied(SleepingCrew):
+        def shortage(self) -> str:
+            return "the cluster has no machine left"
+
+    said: list[str] = []
+    pool = Pool(Emptied(lambda worker: 0.0, loading=0.5, dies=lambda worker, job: job == 2), 1, said.append)
+    pool.work(Shares(requests(1), Speeds()), 1)
+    monkeypatch.setattr("ffgym.execute.pool.SILENT_SECONDS", MOMENT)
+    pool.work(Shares(requests(1), Speeds()), 1)
+    assert said[2:] == ["no worker is running: the cluster has no machine left; waiting for 30 min at most"]
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_cluster_without_a_machine_is_told_from_a_full_one(is_alive: bool) -> None:
+    ray = MagicMock()
+    ray.wait.return_value = [], []
+    ray.nodes.return_value = [{"Alive": is_alive}]
+    ray.available_resources.return_value = {}
+    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": 1, "num_gpus": 0}, 1, print)
+    crew.start(0)
+    full = "each needs 1 CPU, and the cluster has 0 CPUs free"
+    assert crew.shortage() == (full if is_alive else "the cluster has no machine left")
+
+
 def test_what_a_job_raises_ends_the_work() -> None:
     class Broken(SleepingCrew):
         def give(self, worker: int, job: Any) -> None:
