@@ -173,8 +173,11 @@ class StageProgress:
     def _left(self) -> str:
         if self._plan is None:
             return ""
+        left, own = self._plan.left(self.share), self._own_left()
+        if own is None and not round(left):  # workers load for longer than all was planned to take
+            return ""
         # A stage that the plan took for short may last longer than the plan says all will.
-        return f"{clock(max(self._plan.left(self.share), self._own_left() or 0.0))} left in all"
+        return f"{clock(max(left, own or 0.0))} left in all"
 
     def _print_line(self) -> None:
         if self._console.is_terminal or time.monotonic() - self._last <= SECONDS_BETWEEN_LINES:

@@ -135,6 +135,18 @@ def test_what_workers_take_to_load_says_nothing_of_how_long_the_search_takes(at:
     ]
 
 
+def test_nobody_says_that_no_time_is_left_while_workers_load(at: Callable[[float], None]) -> None:
+    out = console()
+    reporter = Reporter(out)
+    reporter.plan([Step("search", 0.3)])
+    with reporter.stage("search", 100) as stage:
+        at(30)
+        stage.partly(0.0)
+        stage.partly(99.0)
+    said = ["0/100 · 0:30 elapsed", "99/100 · 0:30 elapsed · 0:00 left · 0:00 left in all"]
+    assert text(out).splitlines()[:2] == [f"stage 1/1: search: {line}" for line in said]
+
+
 class TestPlan:
     STEPS = (Step("load", 10.0), Step("search: a", 60.0), Step("report", 30.0, stages=3))
 
