@@ -111,11 +111,12 @@ def measure(
                 **_given(prompt_lengths=lengths, output_tokens=output_tokens),
             )
     tables = found.tables()
+    figures = asdict(found) | {"notes": [note for table in tables for note in table.notes]}
     if output is not None:
         markdown = "\n".join(table.markdown() for table in tables)
-        _write(output, markdown if output.suffix == ".md" else json.dumps(strict(asdict(found)), indent=2) + "\n")
+        _write(output, markdown if output.suffix == ".md" else json.dumps(strict(figures), indent=2) + "\n")
     if as_json:
-        print_json(asdict(found))
+        print_json(figures)
     else:
         for table in tables:
             Console().print(table)

@@ -1,6 +1,6 @@
 """What `ffgym measure` found: how large and how fast a dense model and a pruned one are, side by side.
 
-One :class:`Measurement`: its two tables; JSON has its fields.
+One :class:`Measurement`: its two tables; JSON has its fields and the notes under the tables.
 """
 
 from __future__ import annotations

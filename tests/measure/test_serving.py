@@ -376,7 +376,9 @@ def test_the_table_fits_a_terminal_and_json_is_pure(pruned: Path, log: Path, tmp
     assert "One repetition with servers that take turns, so noise cannot be seen." in said
     assert "| 1 x 16 | pruned |" in (tmp_path / "table.md").read_text()
     assert "b c" in noted(log, "asked")[-1]["arguments"]
-    data = json.loads(ask(*given, "--json").stdout)
+    data = json.loads(ask(*given, "--json", "--output", str(tmp_path / "table.json")).stdout)
+    assert json.loads((tmp_path / "table.json").read_text()) == data
+    assert " ".join(" ".join(data["notes"]).split()) in said
     assert (data["engine"], data["answer_tokens"]) == ("vllm-fake 9.9", [4, 4])
     assert [each["model"] for each in data["served"]] == ROLES
 
