@@ -18,12 +18,13 @@ from ffgym.costs.latency_table import (
     to_json,
 )
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
+from ffgym.costs.timing import from_end_to_end
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import json_digest, write_text
 from ffgym.types import JSONDict, Notify, OnStep, do_nothing
 
-# If quartiles are further apart than this share of the median, the machine was doing something else.
+# If the ends of a spread are further apart than this share of the median, the machine was doing something else.
 BUSY = 0.25
 
 
@@ -90,8 +91,8 @@ def notify_if_busy(table: LatencyTable, notify: Notify) -> None:
     """Tell the user if a table's times were disturbed, however old it is."""
     if table.noise > BUSY:
         notify(
-            f"the times differ by {table.noise:.0%} from quartile to quartile: the machine was busy. Time again when it"
-            " is quiet: ffgym latency MODEL --rebuild"
+            f"the times differ by {table.noise:.0%} {from_end_to_end(table.repetitions)}: the machine was busy. Time"
+            " again when it is quiet: ffgym latency MODEL --rebuild"
         )
 
 

@@ -7,25 +7,26 @@ from pathlib import Path
 
 from ffgym.costs.latency_fit import PICOSECONDS
 from ffgym.costs.latency_table import LatencyTable
+from ffgym.costs.timing import ends
 from ffgym.report.layout import Table, counted, text_columns
 
 
 def rows(table: LatencyTable) -> list[tuple[str, ...]]:
-    """One row for each timed size: the median time, its quartiles, and the cost, which never falls with the size."""
+    """One row for each timed size: the median time, its spread, and the cost, which never falls with the size."""
     found: list[tuple[str, ...]] = []
     for curve in table.curves:
         name = f"{curve.shape.kind} {curve.shape.attends}".rstrip()
         costs = curve.costs / PICOSECONDS
         for size, median, low, high in zip(curve.sizes, curve.seconds, curve.low, curve.high, strict=True):
-            quartiles = f"{_milliseconds(low)} to {_milliseconds(high)}"
+            spread = f"{_milliseconds(low)} to {_milliseconds(high)}"
             cost, share = _milliseconds(float(costs[size])), f"{costs[size] / costs[-1]:.0%}"
-            found.append((name, f"{size:,}", _milliseconds(median), quartiles, cost, share))
+            found.append((name, f"{size:,}", _milliseconds(median), spread, cost, share))
     return found
 
 
 def layout(table: LatencyTable, place: Path) -> Table[Sequence[str]]:
     """What a console shows of a table that is kept at ``place``."""
-    columns = text_columns("sublayer", "units", "milliseconds", "quartiles", "cost", "of all")
+    columns = text_columns("sublayer", "units", "milliseconds", ends(table.repetitions), "cost", "of all")
     notes = [
         f"{table.measured}; medians of {counted(table.repetitions, 'repetition')} in turn. The whole dense model takes "
         f"{_milliseconds(table.whole_seconds)} ms. Cost: the isotonic fit that a latency budget counts.",

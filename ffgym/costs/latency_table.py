@@ -74,8 +74,8 @@ class Curve(Strict):
         shape: whose.
         sizes: units kept, strictly increasing from 1 to all of them.
         seconds: median time of one forward pass at each size.
-        low: first quartiles.
-        high: third quartiles.
+        low: first quartiles, or the lowest times of fewer than 4 repetitions.
+        high: third quartiles, or the highest times.
     """
 
     shape: LayerShape
@@ -91,7 +91,7 @@ class Curve(Strict):
         if not sizes or not rises or (sizes[0], sizes[-1]) != (1, units):
             raise ValueError(f"sizes must rise from 1 to {units}")
         if {len(self.seconds), len(self.low), len(self.high)} != {len(sizes)}:
-            raise ValueError("one time and two quartiles belong to every size")
+            raise ValueError("one median time, a low and a high one belong to every size")
         return self
 
     @classmethod
@@ -177,7 +177,7 @@ class LatencyTable(Strict):
 
     @property
     def noise(self) -> float:
-        """Distance of the quartiles of a time as a share of it, the median over all times."""
+        """Distance of the ends of a spread as a share of the median time, the median over all times."""
         times = [(c.high[i] - c.low[i]) / c.seconds[i] for c in self.curves for i in range(len(c.sizes))]
         return float(np.median(times))
 

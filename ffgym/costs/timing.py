@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 Result = TypeVar("Result")
+LEAST_FOR_QUARTILES = 4
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,26 @@ class Spread:
     """The middle of repeated measurements, and how far apart they lie."""
 
     median: float  # half of the repetitions lie below it
-    low: float  # first quartile
-    high: float  # third quartile
+    low: float  # first quartile, or the lowest of few values
+    high: float  # third quartile, or the highest of few values
 
     @classmethod
     def of(cls, values: Sequence[float] | np.ndarray) -> Spread:
-        """Median and quartiles of at least one value."""
-        low, median, high = np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75))
+        """Median and quartiles; of fewer than 4 values, which have none, the lowest and the highest."""
+        values = np.asarray(values, dtype=np.float64)
+        outer = 0.0 if len(values) < LEAST_FOR_QUARTILES else 0.25
+        low, median, high = np.quantile(values, (outer, 0.5, 1 - outer))
         return cls(float(median), float(low), float(high))
+
+
+def ends(repetitions: int) -> str:
+    """What the low and the high end of the spread of so many repetitions are: ``"quartiles"`` or ``"range"``."""
+    return "range" if repetitions < LEAST_FOR_QUARTILES else "quartiles"
+
+
+def from_end_to_end(repetitions: int) -> str:
+    """``"from quartile to quartile"``, or of few repetitions ``"from lowest to highest"``."""
+    return f"from {'lowest to highest' if repetitions < LEAST_FOR_QUARTILES else 'quartile to quartile'}"
 
 
 def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Result, float]:

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from ffgym.costs.latency_cache import BUSY
-from ffgym.costs.timing import Spread
+from ffgym.costs.timing import Spread, ends, from_end_to_end
 from ffgym.errors import ConfigError, ModelError
 from ffgym.export.refresh import is_current
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
@@ -53,7 +53,7 @@ class Served:
 
     @property
     def noise(self) -> float:
-        """Distance of the quartiles of a ratio as a share of it, the larger one where there are two."""
+        """Distance of the ends of a ratio's spread as a share of its median, the larger one where there are two."""
         ratios = [self.ratio] if self.backend_ratio is None else [self.ratio, self.backend_ratio]
         return max((ratio.high - ratio.low) / ratio.median for ratio in ratios)
 
@@ -99,7 +99,7 @@ class ServingMeasurement:
         if self.repetitions == 1:
             figures = f"One repetition with {turns}, so noise cannot be seen."
         else:
-            figures = f"Medians of {self.repetitions} repetitions with {turns}, quartiles in brackets."
+            figures = f"Medians of {self.repetitions} repetitions with {turns}, {ends(self.repetitions)} in brackets."
         lines = [
             f"Dense: {self.dense}. Pruned: {self.pruned}. {self.engine}, {self.dtype}, {self.device}, "
             f"{counted(self.processors, 'processor')}{threads}.",
@@ -110,8 +110,8 @@ class ServingMeasurement:
         if noisiest.noise > BUSY:
             workload, model = _names(noisiest)
             lines.append(
-                f"The ratio of {model!r} at {workload} differs by {noisiest.noise:.0%} from quartile to quartile: the"
-                " machine was busy. Measure again when it is quiet."
+                f"The ratio of {model!r} at {workload} differs by {noisiest.noise:.0%} "
+                f"{from_end_to_end(self.repetitions)}: the machine was busy. Measure again when it is quiet."
             )
         if self.arguments:
             lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")

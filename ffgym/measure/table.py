@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ffgym.costs.timing import Spread
+from ffgym.costs.timing import Spread, ends
 from ffgym.measure.memory import Memory
 from ffgym.measure.speed import DECODE_TOKENS, Speed
 from ffgym.report.layout import Table, counted, humane, text_columns
@@ -92,11 +92,11 @@ def footnotes(found: Measurement) -> list[str]:
     lines = [
         f"Dense: {found.dense.model}. Pruned: {found.pruned.model}. {found.device}{threads}, {found.dtype}, "
         f"torch {found.torch}, transformers {found.transformers}. MACs at {found.context:,} tokens of context.",
-        f"Speed: medians of {counted(found.repetitions, 'repetition')} in which the models take turns, quartiles in "
-        "brackets. Prefill: prompts of that many tokens into an empty cache, logits of the last one. Decode: "
-        f"{DECODE_TOKENS} greedy steps on a cache of that many tokens. Times as fast: dense over pruned time of the "
-        "same repetition. Ceiling: the ratio of multiply-accumulates (prefill), of bytes of weights and cache that a "
-        "step reads (decode).",
+        f"Speed: medians of {counted(found.repetitions, 'repetition')} in which the models take turns, "
+        f"{ends(found.repetitions)} in brackets. Prefill: prompts of that many tokens into an empty cache, logits of "
+        f"the last one. Decode: {DECODE_TOKENS} greedy steps on a cache of that many tokens. Times as fast: dense over "
+        "pruned time of the same repetition. Ceiling: the ratio of multiply-accumulates (prefill), of bytes of weights "
+        "and cache that a step reads (decode).",
     ]
     if found.dense.memory is not None and found.pruned.memory is not None:
         lines.append(_memory_note(found, found.dense.memory, found.pruned.memory))
@@ -134,12 +134,12 @@ def _size(
 
 
 def rate(spread: Spread, unit: float = 1.0) -> str:
-    """Median and quartiles, three significant digits: repetitions seldom agree on more."""
+    """Median and quartiles (or range), three significant digits: repetitions seldom agree on more."""
     return _spread(spread, lambda value: _digits(unit * value))
 
 
 def _spread(spread: Spread, text: Callable[[float], str]) -> str:
-    """Median and quartiles; a single repetition has none."""
+    """Median and quartiles (or range); a single repetition has none."""
     median, low, high = map(text, (spread.median, spread.low, spread.high))
     return median if spread.low == spread.high else f"{median} ({low}-{high})"
 

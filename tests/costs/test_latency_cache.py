@@ -91,9 +91,9 @@ def test_a_cache_that_cannot_be_written_stops_nothing(model, timed, tmp_path):
 def test_a_busy_machine_is_named(tmp_path, model):
     steady = made_up_table(model)
 
-    def spread(share):
+    def spread(share, repetitions=9):
         curves = [c.model_copy(update={"high": tuple((1 + share) * s for s in c.seconds)}) for c in steady.curves]
-        return steady.model_copy(update={"curves": tuple(curves)})
+        return steady.model_copy(update={"curves": tuple(curves), "repetitions": repetitions})
 
     said = []
     timed_once(tmp_path / "steady.json", lambda: spread(0.2), rebuild=False, notify=said.append)
@@ -102,6 +102,8 @@ def test_a_busy_machine_is_named(tmp_path, model):
         timed_once(tmp_path / "busy.json", lambda: spread(0.3), rebuild=False, notify=said.append)
     assert len(said) == 2, "it is said again of the table from the cache"
     assert all("30% from quartile to quartile: the machine was busy" in one for one in said)
+    timed_once(tmp_path / "few.json", lambda: spread(0.3, 3), rebuild=False, notify=said.append)
+    assert "30% from lowest to highest: the machine was busy" in said[-1]
 
 
 def test_a_context_that_the_model_does_not_take(model, timed):

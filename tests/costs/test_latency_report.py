@@ -26,5 +26,7 @@ def test_the_terminal_says_where_it_is_from():
     console = Console(file=io.StringIO(), width=200)
     console.print(layout(table, Path("somewhere/table.json")))
     text = console.file.getvalue()
-    for part in ("made up, 1 thread, float32", "50.000 ms", table.digest[:12], "somewhere/table.json"):
+    for part in ("made up, 1 thread, float32", "50.000 ms", table.digest[:12], "somewhere/table.json", " range "):
         assert part in text
+    heads = [column.head for column in layout(table.model_copy(update={"repetitions": 4}), Path()).columns]
+    assert "quartiles" in heads

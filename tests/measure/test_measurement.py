@@ -96,7 +96,7 @@ def test_the_notes_say_how_it_was_measured():
     for part in (
         "SmolLM2, dequantised from Q4_1",
         "Some CPU (AVX512), 2 threads, bfloat16, torch 2.13.0, transformers 5.24.0",
-        "medians of 7 repetitions in which the models take turns",
+        "medians of 7 repetitions in which the models take turns, quartiles in brackets",
         "16 greedy steps",
         "beyond the 400.0 MB of Python and the libraries; peak at 4 x 1,024 tokens",
         "The pruned model takes 42.0 MB less once loaded and 45.0 MB less at the peak",
@@ -149,3 +149,9 @@ def test_speeds_have_three_digits_and_fit_a_column():
     assert rate(Spread(25.04, 24.96, 25.14)) == "25.0 (25.0-25.1)"
     assert rate(Spread(17_022, 999.4, 247_000)) == "17.0k (999-247k)"
     assert rate(Spread.of([25.04])) == "25.0", "a single repetition has no quartiles"
+
+
+def test_few_repetitions_have_a_range():
+    assert "medians of 3 repetitions in which the models take turns, range in brackets" in " ".join(
+        footnotes(replace(FOUND, repetitions=3))
+    )

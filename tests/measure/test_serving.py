@@ -151,19 +151,25 @@ def test_what_servers_take_to_start_says_nothing_of_how_long_they_serve(
     assert all(re.fullmatch(r"\d+:\d\d", left) for left in re.findall("· ([^·]*) left\n", said)), "not hours or days"
 
 
-@pytest.mark.parametrize(("low", "is_busy"), [(0.9, False), (0.7, True)])
-def test_a_busy_machine_is_said_where_one_ratio_differs_among_repetitions(low: float, is_busy: bool) -> None:
+@pytest.mark.parametrize(
+    ("low", "repetitions", "ends"),
+    [(0.9, 4, None), (0.7, 4, "quartile to quartile"), (0.9, 3, None), (0.7, 3, "lowest to highest")],
+)
+def test_a_busy_machine_is_said_where_one_ratio_differs_among_repetitions(
+    low: float, repetitions: int, ends: str | None
+) -> None:
     one = Spread(1.0, 1.0, 1.0)
     loads = [Workload(count, 16) for count in (1, 2, 4)]
     served = [Served(model, load, one, one, one, one, one) for load in loads for model in ("dense", "pruned")]
     served[3] = replace(served[3], backend_ratio=Spread(1.0, low, 1.0))
     facts: dict[str, Any] = {"device": "x", "processors": 1, "threads": 1, "dtype": "float32"}
     found = ServingMeasurement(
-        "vllm", "a", "b", tuple(served), (4, 4), repetitions=2, together=True, arguments=(), **facts
+        "vllm", "a", "b", tuple(served), (4, 4), repetitions=repetitions, together=True, arguments=(), **facts
     )
     notes = " ".join(found.tables()[1].notes)
-    busy = "The ratio of 'pruned' at 2 x 16 differs by 30% from quartile to quartile: the machine was busy."
-    assert (busy in notes) == is_busy
+    assert f"{'range' if repetitions < 4 else 'quartiles'} in brackets" in notes
+    busy = f"The ratio of 'pruned' at 2 x 16 differs by 30% from {ends}: the machine was busy."
+    assert (busy in notes) == ("busy" in notes) == (ends is not None)
 
 
 # what is refused
