@@ -141,6 +141,7 @@ def undocumented(page: str, names: Iterable[str], form: str = "`{}`", *, section
 def test_all_names_are_documented() -> None:
     from ffgym.bench.file import BenchFile
     from ffgym.bench.table import CellResult, Final, Mark
+    from ffgym.measure.serving import Served
     from ffgym.pipeline.folder import WRITTEN
 
     page = "docs/configuration.md"
@@ -159,6 +160,8 @@ def test_all_names_are_documented() -> None:
     tests = [name for name in dir(conformance) if name.endswith("Conformance") and name != "PluginConformance"]
     assert undocumented(page, tests) == []
 
+    keys_of_json = [*Served.__annotations__, "answer_tokens", "notes"]
+    assert undocumented("docs/measure.md", keys_of_json, section="## Measure where it is served") == []
     assert undocumented("docs/choices.md", PROMPTS, section="## Rewards beyond perplexity") == []
     assert undocumented("docs/evaluation.md", [task for task in TASKS if not task.startswith("mmlu_")]) == []
     for model in (BenchFile, CellResult, Final, Mark):

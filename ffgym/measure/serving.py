@@ -44,12 +44,11 @@ class Served:
 
     model: str
     workload: Workload
-    rate: Spread  # output tokens per second, over all requests
-    # seconds from a request to the first token of its answer; a repetition's is the median of its requests
-    first: Spread
-    following: Spread  # seconds of every further token, likewise
-    ratio: Spread  # its rate over the dense model's in the same repetition
-    backend_ratio: Spread | None  # its rate over the dense model's through the same backend, where that differs
+    tokens_per_second: Spread  # of the answers, over all requests
+    first_seconds: Spread  # from a request to the first token of its answer; the median of a burst's requests
+    following_seconds: Spread  # of every further token, likewise
+    ratio: Spread  # of its tokens per second to the dense model's in the same repetition
+    backend_ratio: Spread | None  # to the dense model's through the same backend, where that differs
 
     @property
     def noise(self) -> float:
@@ -78,7 +77,13 @@ class ServingMeasurement:
     def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
         """Speeds, then ratios, how all was measured under them."""
         speeds = [
-            (*_names(each), rate(each.rate), rate(each.first, 1e3), rate(each.following, 1e3)) for each in self.served
+            (
+                *_names(each),
+                rate(each.tokens_per_second),
+                rate(each.first_seconds, 1e3),
+                rate(each.following_seconds, 1e3),
+            )
+            for each in self.served
         ]
         ratios = [
             (*_names(each), rate(each.ratio), "" if each.backend_ratio is None else rate(each.backend_ratio))
@@ -245,9 +250,9 @@ def _summarised(found: Bursts) -> Iterator[Served]:
         yield Served(
             model=model,
             workload=workload,
-            rate=Spread.of(rates[model, workload]),
-            first=Spread.of([burst.first for burst in bursts]),
-            following=Spread.of([burst.following for burst in bursts]),
+            tokens_per_second=Spread.of(rates[model, workload]),
+            first_seconds=Spread.of([burst.first for burst in bursts]),
+            following_seconds=Spread.of([burst.following for burst in bursts]),
             ratio=Spread.of(rates[model, workload] / own),
             backend_ratio=None if same is None or model != PRUNED else Spread.of(rates[model, workload] / same),
         )

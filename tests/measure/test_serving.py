@@ -87,9 +87,10 @@ def test_tokens_are_counted_and_timed(pruned: Path, log: Path, monkeypatch: pyte
     assert found.answer_tokens == (3, 3)
     paced = fake_engine.FIRST_SECONDS + 2 * fake_engine.NEXT_SECONDS
     for each in found.served:
-        assert 0 < each.rate.median <= 2 * 3 / paced
-        assert each.first.median >= fake_engine.FIRST_SECONDS
-        assert each.first.median + 2 * each.following.median >= paced  # the first may be read late
+        assert 0 < each.tokens_per_second.median <= 2 * 3 / paced
+        assert each.first_seconds.median >= fake_engine.FIRST_SECONDS
+        # the first may be read late
+        assert each.first_seconds.median + 2 * each.following_seconds.median >= paced
     assert all(line["ignore_eos"] for line in noted(log, "asked"))
 
 
