@@ -154,7 +154,7 @@ def ask(server: Running, prompt: str, *, output_tokens: int) -> Answer:
     Raises:
         OSError, HTTPException, ValueError: there is none, or not the whole of it.
     """
-    body = {"model": "model", "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "seed": 0}
+    body = {"model": server.name, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "seed": 0}
     body |= {"stream": True, "stream_options": {"include_usage": True}, **server.server.body}
     times: list[float] = []
     tokens = 0

@@ -96,8 +96,8 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     python = os.environ.get("VLLM_PYTHON") or sys.executable
     unset = () if python == sys.executable else ("PYTHONPATH",)
     version, gpu = _probed(python, unset)
-    base = [python, "-m", "vllm.entrypoints.openai.api_server", "--served-model-name", "model"]
-    base += ["--dtype", setting.dtype, "--max-model-len", str(setting.context), *setting.arguments]
+    base = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", setting.dtype]
+    base += ["--max-model-len", str(setting.context), *setting.arguments]
     environment: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in VLLM_DEFAULTS.items()}
     environment |= dict.fromkeys(unset)
     if setting.threads is not None:
@@ -107,6 +107,7 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
         return Server(
             role,
             (*base, "--model", str(folder), *more),
+            "--served-model-name",
             body={"ignore_eos": True},
             environment=environment,
             weights=weights_on_disk(folder)[0],
@@ -147,7 +148,7 @@ def llama_cpp(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
             raise ModelError(f"the model {model.role!r}: {error.message}", hint=error.hint) from error
         command = (program, "--model", str(file), *options)
         body = {"ignore_eos": True, "cache_prompt": False}
-        servers.append(Server(model.role, command, body=body, weights=written.bytes))
+        servers.append(Server(model.role, command, "--alias", body=body, weights=written.bytes))
     said = _run(program, "--version")
     found = None if isinstance(said, OSError) else re.search(r"version: (.+)", said.stdout)
     version = f"llama.cpp {found[1] if found else ''}".strip()

@@ -1,7 +1,8 @@
 """The server process of one model: it is started on loopback, answers, and is ended with all that it has started.
 
-A server is a command line that takes ``--host`` and ``--port``, answers ``/health`` once the model is loaded, and
-streams completions from ``/v1/completions``, as OpenAI's does.
+A server is a command line that takes ``--host``, ``--port`` and an option for the name of its model. It answers
+``/health`` once the model is loaded, lists that name in ``/v1/models``, and streams completions from
+``/v1/completions``, as OpenAI's does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import http.client
 import os
 import re
+import secrets
 import shlex
 import signal
 import socket
@@ -42,7 +44,8 @@ class Server:
     """One model in one engine."""
 
     role: str  # which model it is, e.g. "dense"
-    command: tuple[str, ...]  # starts it, address aside
+    command: tuple[str, ...]  # starts it, name and address aside
+    name_option: str  # the option for the name of its model, e.g. "--alias"
     body: Mapping[str, Any] = field(default_factory=dict)  # what requests say beside prompt and length
     # variables that differ from those of this process; None unsets one
     environment: Mapping[str, str | None] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class Running:
     """A server that answers."""
 
     server: Server
+    name: str  # of its model; no other server has it
     port: int
     log: Path
     process: subprocess.Popen[bytes]
@@ -83,13 +87,14 @@ def running(server: Server, log: Path) -> Iterator[Running]:
     """Start a server, wait until it answers, and end it with everything that it has started.
 
     Raises:
-        ModelError: it ends by itself, or does not answer within `START_SECONDS`.
+        ModelError: it ends by itself, does not answer within `START_SECONDS`, or another program has its port.
     """
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port = probe.getsockname()[1]
     changes = {"HF_HUB_OFFLINE": "1", **server.environment}
-    command = (*server.command, "--host", HOST, "--port", str(port))
+    name = f"ffgym-{secrets.token_hex(4)}"
+    command = (*server.command, server.name_option, name, "--host", HOST, "--port", str(port))
     by_hand = ["env", *(f"-u{name}" if value is None else f"{name}={value}" for name, value in changes.items())]
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -105,7 +110,7 @@ def running(server: Server, log: Path) -> Iterator[Running]:
                 start_new_session=True,
                 preexec_fn=None if C_LIBRARY is None else _end_with_parent,
             )
-        started = Running(server, port, log, process)
+        started = Running(server, name, port, log, process)
         _wait(started)
         yield started
     finally:
@@ -119,14 +124,26 @@ def _wait(started: Running) -> None:
         if (ending := started.ending()) is not None:
             raise started.failed(f"{ending} before it answered")
         with contextlib.suppress(OSError, http.client.HTTPException):
-            connection = http.client.HTTPConnection(HOST, started.port, timeout=5)
-            with contextlib.closing(connection):
-                connection.request("GET", "/health")
-                is_up = connection.getresponse().status == http.client.OK
-                if is_up and started.ending() is None:  # else somebody else answers on its port
+            if _got(started.port, "/health")[0] == http.client.OK:
+                status, models = _got(started.port, "/v1/models")
+                if started.name.encode() in models:
                     return
+                # It takes the port only when it has loaded its model, and another program may have it by then.
+                if started.ending() is None:
+                    raise started.failed(
+                        f"does not answer on its port {started.port}, but another program does: its /v1/models"
+                        f" (status {status}) does not name {started.name}"
+                    )
         time.sleep(0.1)
     raise started.failed(f"did not answer within {START_SECONDS // 60} minutes")
+
+
+def _got(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    with contextlib.closing(connection):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
 
 
 def _end_with_parent() -> None:

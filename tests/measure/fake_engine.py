@@ -28,11 +28,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(503 if "FAKE_HANGS" in os.environ else 200)
         self.end_headers()
+        if self.path == "/v1/models":
+            self.wfile.write(json.dumps({"data": [{"id": after("--served-model-name")}]}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         note(asked=MODEL, prompt=body["prompt"], ignore_eos=body["ignore_eos"], arguments=sys.argv)
-        if "FAKE_REFUSES" in os.environ:
+        if "FAKE_REFUSES" in os.environ or body["model"] != after("--served-model-name"):
             self.send_error(400, "no such prompt")
             return
         self.send_response(200)

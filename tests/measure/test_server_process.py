@@ -20,7 +20,7 @@ import sys, time
 from pathlib import Path
 from ffgym.interrupts import interruptible
 from ffgym.measure.server import Server, running
-with interruptible(), running(Server("dense", tuple(sys.argv[2:])), Path(sys.argv[1])):
+with interruptible(), running(Server("dense", tuple(sys.argv[2:]), "--served-model-name"), Path(sys.argv[1])):
     print("up", flush=True)
     time.sleep(600)
 """
@@ -69,9 +69,32 @@ HTTPServer(("127.0.0.1", int(sys.argv[-1])), Other).serve_forever()
 
 
 def test_an_answer_from_somebody_else_is_not_the_servers(tmp_path: Path) -> None:
-    server = Server("dense", (sys.executable, "-c", ENDS_WHEN_ASKED))
+    server = Server("dense", (sys.executable, "-c", ENDS_WHEN_ASKED), "--alias")
     with (
         pytest.raises(ModelError, match="'dense' ended with signal 9 before it answered"),
+        running(server, tmp_path / "server.log"),
+    ):
+        pass
+
+
+LOADS_WHILE_ANOTHER_ANSWERS = """
+import os, sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+if os.fork():
+    time.sleep(600)
+class Other(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "model"}]}')
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), Other).serve_forever()
+"""
+
+
+def test_another_program_on_the_port_is_not_taken_for_a_server_that_still_loads(tmp_path: Path) -> None:
+    server = Server("dense", (sys.executable, "-c", LOADS_WHILE_ANOTHER_ANSWERS), "--alias")
+    with (
+        pytest.raises(ModelError, match=r"'dense' does not answer on its port \d+, but another program does"),
         running(server, tmp_path / "server.log"),
     ):
         pass

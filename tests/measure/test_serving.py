@@ -64,7 +64,7 @@ def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path
     folder = {"pruned": str(pruned)}
     turns = [folder.get(role, str(glass_home() / "glass")) for _ in range(2 * 2) for role in ROLES for _ in range(2)]
     assert [line["asked"] for line in measured] == turns
-    transformers = [line["arguments"][-6:-4] == ["--model-impl", "transformers"] for line in measured]
+    transformers = [line["arguments"][-8:-6] == ["--model-impl", "transformers"] for line in measured]
     assert transformers == [role == "dense, as pruned" for _ in range(2 * 2) for role in ROLES for _ in range(2)]
     assert_no_process_is_left(log)
 
