@@ -117,6 +117,14 @@ def served_latency_table(
             rebuild=rebuild,
             notify=reporter.print,
         )
+    shapes = layer_shapes(loaded.model)
+    sublayers = sum(curve.seconds[-1] * shapes.count(curve.shape) for curve in table.curves)
+    if sublayers > table.whole_seconds:
+        reporter.print(
+            f"the sublayers add up to {1e3 * sublayers:,.3f} ms, more than the {1e3 * table.whole_seconds:,.3f} ms of"
+            " the whole model: the times are too noisy for a budget. Time again, with more repetitions: ffgym latency"
+            " MODEL --rebuild --repetitions N"
+        )
     return table, place
 
 

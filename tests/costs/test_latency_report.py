@@ -9,6 +9,7 @@ from latency_tables import made_up_table
 from rich.console import Console
 
 from ffgym.costs.latency_report import layout, rows
+from ffgym.costs.latency_table import Serving
 from ffgym.testing.models import tiny_model
 
 
@@ -30,3 +31,11 @@ def test_the_terminal_says_where_it_is_from():
         assert part in text
     heads = [column.head for column in layout(table.model_copy(update={"repetitions": 4}), Path()).columns]
     assert "quartiles" in heads
+
+
+def test_in_an_engine_dense_sizes_have_no_quartiles_and_a_note_says_why():
+    serving = Serving(engine="vllm 9.9", requests=1, output_tokens=8, arguments=())
+    table = made_up_table(tiny_model("llama")).model_copy(update={"serving": serving, "repetitions": 5})
+    spreads = {(name, size): spread for name, size, _, spread, *_ in rows(table)}
+    assert [size for size, spread in spreads.items() if not spread] == [("attention", "2"), ("mlp", "48")]
+    assert "so dense sizes have no quartiles" in layout(table, Path("table.json")).markdown()

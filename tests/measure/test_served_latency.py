@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,18 +44,24 @@ def timed(**changes: Any) -> LatencyTable:
     return served_latency_table(**given, progress=Console(file=io.StringIO()))[0]
 
 
-@pytest.fixture
-def paced(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer takes 0.1 s and half a millisecond for every channel of the 4 MLPs."""
+def pace(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, int], float]) -> None:
+    """Let an answer take so long by the units of each attention and each MLP of its model."""
 
     def serve(servers: Any, workloads: Any, *_: Any, **__: Any) -> Any:
         def burst(server: Server) -> Burst:
-            size = int(server.role.removeprefix("mlp ")) if server.role.startswith("mlp") else 341
-            return Burst((Answer(2, 7.0, 7.1, 7.1 + 4 * 5e-4 * size),))
+            kind, _, size = server.role.partition(" ")
+            sizes = {"attention": 2, "mlp": 341} | ({kind: int(size)} if size else {})
+            return Burst((Answer(2, 7.0, 7.0, 7.0 + seconds(*sizes.values())),))
 
         return {(server.role, load): [burst(server)] * 2 for server in servers for load in workloads}
 
     monkeypatch.setattr(served_latency, "serve_in_turn", serve)
+
+
+@pytest.fixture
+def paced(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer takes 0.1 s and half a millisecond for every channel of the 4 MLPs."""
+    pace(monkeypatch, lambda attention, mlp: 0.1 + 4 * 5e-4 * mlp)
 
 
 @pytest.mark.usefixtures("paced")
@@ -64,6 +71,19 @@ def test_a_sublayer_takes_its_share_of_what_its_units_add() -> None:
     assert mlp.sizes == (1, 85, 170, 256, 341)
     assert mlp.seconds == pytest.approx([5e-4 * size for size in mlp.sizes])
     assert table.whole_seconds == pytest.approx(0.1 + 4 * mlp.seconds[-1])
+
+
+def test_sublayers_that_add_up_to_more_than_the_whole_are_too_noisy_for_a_budget(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for least, is_said in ((0.6, False), (0.2, True)):  # of the time, without attention or without MLP
+        share = 1 - least
+        pace(monkeypatch, lambda attention, mlp, share=share: 1 - share * (2 - attention / 2 - mlp / 341))
+        for rebuild in (True, False):
+            progress = io.StringIO()
+            served_latency_table(GLASS, "vllm", **QUICK, rebuild=rebuild, progress=Console(file=progress))
+            said = f"the sublayers add up to {2e3 * share:,.3f} ms, more than the 1,000.000 ms of the whole model"
+            assert (said in progress.getvalue()) == is_said
 
 
 @pytest.mark.usefixtures("paced")
