@@ -111,6 +111,8 @@ class ServingMeasurement:
             f"{figures} {tokens} tokens an answer, as the server counts them. Ratios are those within a repetition."
             + (f" Dense, as pruned: {AS_PRUNED}." if any(each.backend_ratio for each in self.served) else ""),
         ]
+        if self.dense == self.pruned:
+            lines.append("The same model twice: ratios differ from 1 by noise only.")
         noisiest = max(self.served, key=lambda each: each.noise)
         if noisiest.noise > BUSY:
             workload, model = _names(noisiest)
@@ -183,7 +185,7 @@ def measure_serving(
     tokens = [answer.tokens for bursts in found.values() for burst in bursts for answer in burst.answers]
     return ServingMeasurement(
         engine=fleet.version,
-        dense=source.name,
+        dense=str(pruned) if dense_folder.samefile(pruned) else source.name,
         pruned=str(pruned),
         served=tuple(_summarised(found)),
         answer_tokens=(min(tokens), max(tokens)),

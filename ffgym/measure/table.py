@@ -98,6 +98,8 @@ def footnotes(found: Measurement) -> list[str]:
         "pruned time of the same repetition. Ceiling: the ratio of multiply-accumulates (prefill), of bytes of weights "
         "and cache that a step reads (decode).",
     ]
+    if all(getattr(found.dense, name) == getattr(found.pruned, name) for name in ("parameters", "macs", "kv_bytes")):
+        lines.insert(1, "The same model twice, or two of the same size: ratios of speed differ from 1 by noise only.")
     if found.dense.memory is not None and found.pruned.memory is not None:
         lines.append(_memory_note(found, found.dense.memory, found.pruned.memory))
     return lines

@@ -98,11 +98,16 @@ def model_folder(folder: Path) -> Path:
     """The folder of a saved model: the one given, or ``model`` in the folder of a run that holds no other.
 
     Raises:
-        ModelError: it holds no model, or it is that of a run and holds several.
+        ModelError: it is a file, or it holds no model, or it is that of a run and holds several.
     """
     place = folder.expanduser()
     if not place.exists():
         raise ModelError(f"{str(folder)!r} does not exist", hint="Name the folder of a saved model, e.g. runs/x/model.")
+    if place.is_file():
+        raise ModelError(
+            f"{str(folder)!r} is a file, not the folder of a saved model",
+            hint="Name the folder that it lies in or was made from, e.g. runs/x/model. ffgym makes GGUF files itself.",
+        )
     if (place / "config.json").is_file():
         return place
     if models := models_of_run(place):

@@ -101,6 +101,7 @@ class StageProgress:
         self._console, self._plan = console, plan
         self._last = self._begun = time.monotonic()
         self._waited = 0.0
+        self.start_seconds = 0.0  # before the clock was started again
 
     def __call__(self, done: int, total: int) -> None:
         """Say how far it is, where the total may have become known only now."""
@@ -109,7 +110,9 @@ class StageProgress:
 
     def restart(self) -> None:
         """Start the clock again: what went before, such as importing libraries, says nothing of the pace."""
-        self._begun, self._waited = time.monotonic(), 0.0
+        now = time.monotonic()
+        self.start_seconds += now - self._begun
+        self._begun, self._waited = now, 0.0
 
     def advance(self, steps: int = 1, note: str = "", *, is_known: bool = False) -> None:
         """Move on.
@@ -223,7 +226,8 @@ class Reporter:
                 yield stage
         else:
             yield stage
-        self.print(f"{label}: done in {clock(time.monotonic() - begun)}")
+        start = f", {clock(stage.start_seconds)} of it to start" if stage.start_seconds >= 1 else ""
+        self.print(f"{label}: done in {clock(time.monotonic() - begun)}{start}")
 
     def print(self, line: str) -> None:
         """Print one line."""

@@ -151,6 +151,11 @@ def test_speeds_have_three_digits_and_fit_a_column():
     assert rate(Spread.of([25.04])) == "25.0", "a single repetition has no quartiles"
 
 
+def test_a_model_that_is_measured_against_itself_is_called_the_same() -> None:
+    assert "The same model twice" in footnotes(replace(FOUND, pruned=DENSE))[1]
+    assert "The same model" not in " ".join(footnotes(FOUND))
+
+
 def test_few_repetitions_have_a_range():
     assert "medians of 3 repetitions in which the models take turns, range in brackets" in " ".join(
         footnotes(replace(FOUND, repetitions=3))

@@ -58,6 +58,7 @@ def test_models_are_served_in_turn_and_compared_within_a_repetition(pruned: Path
     assert [each.backend_ratio is not None for each in found.served] == [False, False, True] * 2
     assert found.served[0].ratio.median == 1
     assert found.together
+    assert not any("The same model" in note for note in found.tables()[1].notes)
     asked = noted(log, "asked")
     warm, measured = asked[:12], asked[12:]
     assert len(warm) + len(measured) == 3 * 2 * 2 * 3  # servers, lengths, requests, and twice after the warm-up
@@ -126,6 +127,7 @@ def test_servers_that_do_not_fit_together_are_started_for_each_turn(
 
 def test_a_stock_model_needs_no_other_backend(log: Path) -> None:
     found = serve_quickly(glass_home() / "glass", requests=(1,))
+    assert any("The same model twice" in note for note in found.tables()[1].notes)
     assert [each.model for each in found.served] == ["dense", "pruned"]
     assert "--trust-remote-code" not in noted(log, "asked")[-1]["arguments"]
 

@@ -45,6 +45,12 @@ class TestFolder:
             model_folder(tmp_path / "nowhere")
         assert "runs/x/model" in raised.value.hint
 
+    def test_a_file(self, tmp_path):
+        (tmp_path / "model.gguf").touch()
+        with pytest.raises(ModelError, match=r"model\.gguf' is a file, not the folder of a saved model") as raised:
+            model_folder(tmp_path / "model.gguf")
+        assert "Name the folder that it lies in or was made from" in raised.value.hint
+
     def test_a_folder_that_is_no_model(self, tmp_path):
         with pytest.raises(ModelError, match=r"holds no model: config\.json is missing"):
             model_folder(tmp_path)

@@ -51,6 +51,20 @@ def test_what_a_stage_begins_with_is_said_at_once() -> None:
         assert text(out).splitlines() == ["serve: 0/2 bursts · starting: dense · 0:00 elapsed"]
 
 
+def test_a_stage_that_took_long_to_start_says_so_when_it_ends(at: Callable[[float], None]) -> None:
+    out = console()
+    with Reporter(out).stage("serve", 2) as stage:
+        at(804)
+        stage.restart()
+        at(814)
+        stage.advance()
+        at(832)
+    assert text(out).splitlines() == [
+        "serve: 1/2 · 0:10 elapsed · 0:10 left",
+        "serve: done in 13:52, 13:24 of it to start",
+    ]
+
+
 def test_a_long_stage_says_now_and_then_how_far_it_is(at: Callable[[float], None]) -> None:
     out = console()
     with Reporter(out).stage("search", 8192, "tokens") as stage:
