@@ -30,11 +30,11 @@ from ffgym.types import Allocation, Evaluation, JSONDict, Sublayer
 
 REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
-    "MLPs only, ends spared": ("mlp-first", {"spare_first": 3, "spare_last": 1}),
+    "mlp-first": ("mlp-first", {"spare_first": 3, "spare_last": 1}),
 }
 UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
-    "MLPs only": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
+    "mlp-first": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
 }
 DEMO_LICENSE = {"license": "apache-2.0"}
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"

@@ -81,7 +81,7 @@ def test_every_point_is_on_its_budget_and_measured_beside_the_rules(finished: An
     front = front_of(result.folder)
     assert front == result.front, "what is read is what was found"
     assert [point.target for point in front.points] == list(TARGETS)
-    assert front.labels == ["reinforce", "uniform", "MLPs only, ends spared"]
+    assert front.labels == ["reinforce", "uniform", "mlp-first"]
     for point in front.points:
         assert point.target - 1e-9 <= point.allocation.sparsity < point.target + 0.02
         assert all(math.isfinite(front.row(point, label).perplexity) for label in front.labels)

@@ -119,7 +119,7 @@ def test_the_table_has_its_rows(finished: Finished) -> None:
     assert list(finished.rows) == [
         "dense",
         "uniform + ridge",
-        "MLPs only, ends spared + ridge",
+        "mlp-first + ridge",
         f"best of {EPISODES} near the prior + ridge",
         "reinforce, plain",
         "reinforce + ridge",
@@ -476,7 +476,7 @@ def test_a_uniform_run_ends_in_a_stock_checkpoint(finished_with: Callable[..., F
     assert list(one.rows) == [
         "dense",
         "uniform + ridge",
-        "MLPs only + ridge",
+        "mlp-first + ridge",
         "reinforce, plain",
         "reinforce + ridge",
     ]
@@ -511,7 +511,7 @@ def test_a_kv_budget_leaves_the_mlps_whole(finished_with: Callable[..., Finished
 
 def test_a_run_without_random_draws(finished_with: Callable[..., Finished]) -> None:
     one = finished_with(search={"random_baseline": False})
-    assert list(one.rows)[-3:] == ["MLPs only, ends spared + ridge", "reinforce, plain", "reinforce + ridge"]
+    assert list(one.rows)[-3:] == ["mlp-first + ridge", "reinforce, plain", "reinforce + ridge"]
     assert len(one.rows) == 5
     assert "- reinforce + ridge: the saved model.\n" in (one.folder / "report.md").read_text()
     assert not (one.folder / "episodes-random.jsonl").exists()
