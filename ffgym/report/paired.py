@@ -38,9 +38,14 @@ class Difference:
         """The interval holds 0: these windows do not tell the two models apart."""
         return abs(self.mean) <= self.margin
 
+    @property
+    def figures(self) -> str:
+        """Both numbers with three decimals; with four where three leave open whether the interval holds 0."""
+        digits = 4 if f"{abs(self.mean):.3f}" == f"{self.margin:.3f}" else 3
+        return f"{self.mean:+z.{digits}f}" + (f" ± {self.margin:.{digits}f}" if math.isfinite(self.margin) else "")
+
     def __str__(self) -> str:
-        text = f"{self.mean:+z.3f}" + (f" ± {self.margin:.3f}" if math.isfinite(self.margin) else "")
-        return f"{text} tie" if self.is_tie else text
+        return f"{self.figures} tie" if self.is_tie else self.figures
 
 
 def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> Difference | None:

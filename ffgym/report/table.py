@@ -150,16 +150,15 @@ class ReportTable:
         difference = self.difference(found)
         if difference is None:
             return []
-        nats = f"{abs(difference.mean):.3f} nats per token"
+        rule = f"the best heuristic, {best.label.removesuffix(f' + {best.refit}')}"
         if not math.isfinite(difference.margin):
-            return [f"One window cannot say whether {found.label} is better than the best heuristic, {best.label}."]
-        interval = f"(95 % interval ± {difference.margin:.3f}, {len(found.losses)} windows)"
+            return [f"One window cannot say whether {found.label} is better than {rule}."]
+        nats = f"{difference.figures} nats per token (95 % interval, {len(found.losses)} windows)."
         alone = "By perplexity alone, " if self.has_objectives else ""
-        rule = f"the best heuristic, {best.label}, by {nats} {interval}."
         if difference.is_tie:
-            return [f"{f'{alone}a' if alone else 'A'} tie: {found.label} differs from {rule}"]
+            return [f"{alone}{found.label} ties with {rule}: {nats}"]
         word = "better" if difference.mean < 0 else "worse"
-        return [f"{alone}{found.label} is {word} than {rule}"]
+        return [f"{alone}{found.label} is {word} than {rule}, by {nats.lstrip('+-')}"]
 
     @property
     def warning(self) -> str | None:

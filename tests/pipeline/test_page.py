@@ -57,7 +57,7 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
     page = page_of(run)
     for part in (
         "one: demo without 20% of its prunable params, by reinforce",
-        "reinforce + ridge is better than the best heuristic, uniform + ridge",
+        "reinforce + ridge is better than the best heuristic, uniform, by",
         "<dt>search</dt><dd>3 episodes, 192 tokens of demo:c4</dd>",
         "<td>best heuristic</td>",
         "how it was measured",

@@ -54,7 +54,13 @@ def test_one_window_says_nothing_and_no_number_gives_none() -> None:
 
 @pytest.mark.parametrize(
     ("mean", "margin", "text"),
-    [(-0.0831, 0.0147, "-0.083 ± 0.015"), (0.002, 0.006, "+0.002 ± 0.006 tie"), (-1.0, math.inf, "-1.000 tie")],
+    [
+        (-0.0831, 0.0147, "-0.083 ± 0.015"),
+        (0.002, 0.006, "+0.002 ± 0.006 tie"),
+        (-0.0042, 0.0038, "-0.0042 ± 0.0038"),  # with three decimals it would look like a tie
+        (0.0018, 0.0021, "+0.0018 ± 0.0021 tie"),
+        (-1.0, math.inf, "-1.000 tie"),
+    ],
 )
 def test_how_it_is_written(mean: float, margin: float, text: str) -> None:
     assert str(Difference(mean, margin)) == text
