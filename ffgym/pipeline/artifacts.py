@@ -99,7 +99,7 @@ def write_pictures(
     allocations: Mapping[str, Allocation],
     searches: Mapping[str, SearchResult],
 ) -> None:
-    """``units_kept.png``, ``reward.png`` and, of a search of several updates, ``allocations.png``.
+    """``units_kept.png``, of a search ``reward.png`` and, if it had several updates, ``allocations.png``.
 
     Args:
         allocations: to draw over depth, by label.
@@ -107,6 +107,8 @@ def write_pictures(
     """
     sublayers = task.prepared.prunable.sublayers
     units_kept_figure(sublayers, allocations, folder / "units_kept.png")
+    if task.config.agent.name == "one-shot":
+        return
     histories = {label: found.history for label, found in searches.items()}
     reward_figure(histories, folder / "reward.png")
     (label, history), *_ = histories.items()

@@ -41,9 +41,14 @@ DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weig
 
 
 def reference_rules(config: RunConfig) -> dict[str, tuple[str, JSONDict]]:
-    """The rules that a run is compared with, (heuristic, options) by label: two that are fixed, and another prior."""
+    """The rules that a run is compared with, (heuristic, options) by label: two that are fixed, and another prior.
+
+    Without a search the result is a rule itself, and is not compared with it.
+    """
     prior, uniform = config.prior, config.prune.uniform
     rules = dict(UNIFORM_REFERENCES if uniform else REFERENCES)  # one shape for all layers spares no ends
+    if config.agent.name == "one-shot":
+        return {label: rule for label, rule in rules.items() if rule[0] != prior.name}
     known = [name if uniform else (name, options) for name, options in rules.values()]
     if prior.name != "none" and (prior.name if uniform else (prior.name, prior.options)) not in known:
         rules[f"{prior.name} (prior)"] = prior.name, prior.options
@@ -106,7 +111,9 @@ def with_result(
         heuristics = heuristic_allocations(task)
         notes = _ahead(task, [*rows, row], heuristics, kept), "the saved model" if config.output.save_model else ""
         note = "; ".join(filter(None, notes))
-        row = replace(row, same_as=_same_as(heuristics, kept, refitted), note=note, is_saved=True)
+        one_shot = config.agent.name == "one-shot"
+        same = "" if one_shot else _same_as(heuristics, kept, refitted)
+        row = replace(row, same_as=same, note=note, is_saved=True, is_heuristic=one_shot)
         return _saved(task, found, [*rows, row], model)
 
 
@@ -169,6 +176,7 @@ def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunCon
         loss_stderr=standard_error(recovered.after.losses),
         losses=recovered.after.losses,
         refit=f"{before.refit} + {method}",
+        is_heuristic=False,
         note=f"trained after the final calibration, saved in {recovered.saved.path.name}/",
     )
     return replace(table, rows=(*table.rows, row))
@@ -176,7 +184,7 @@ def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunCon
 
 def found_name(config: RunConfig) -> str:
     """What the rows of the found allocation are called: the agent, or the heuristic that it ran."""
-    return f"{config.prior.name} (one-shot)" if config.agent.name == "one-shot" else config.agent.name
+    return config.prior.name if config.agent.name == "one-shot" else config.agent.name
 
 
 def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:

@@ -187,6 +187,6 @@ def test_a_row_at_30_percent_starts_where_its_row_at_20_percent_ended_and_its_mo
 def test_the_other_columns_and_baselines_run_from_the_same_file(run_row: Any) -> None:
     whole = ["--set", "schedule.sparsity=none", "--set", "schedule.fidelity=none", "--set", "search.finalists=8"]
     changes = {"ppo, plain": ["--calibration", "none"]}
-    changes |= {"flap (one-shot) + ridge": ["--agent", "flap"], "evolution + ridge": ["--agent", "evolution", *whole]}
+    changes |= {"flap + ridge": ["--agent", "flap"], "evolution + ridge": ["--agent", "evolution", *whole]}
     for label, options in changes.items():
         assert label in labels(run_row("opt-125m", 30, "opt", False, "--init-from", "", *options))

@@ -534,7 +534,11 @@ def test_a_heuristic_runs_in_one_episode_and_the_header_names_the_widths_that_au
     one = finish(configured.resolve_agent(glass_config(tmp_path, prune={"align": "auto"}, agent={"name": "uniform"})))
     assert len(one.result.found.history) == 1
     assert one.result.found.best.origin == "policy"
-    assert one.rows["uniform (one-shot) + ridge"].perplexity == one.rows["uniform + ridge"].perplexity
+    labels = ["dense", "mlp-first + ridge", "uniform, plain", "uniform + ridge"]
+    assert list(one.rows) == labels, "the rule is measured once, by its own name"
+    assert [row.is_heuristic for row in one.rows.values()] == [False, True, False, True]
+    assert not any(line.startswith("The result is a heuristic") for line in one.result.table.verdict)
+    assert not (one.folder / "reward.png").exists(), "nothing was searched"
     assert "MLPs keep multiples of 4 channels." in one.result.table.header
     assert {kept % 4 for kept in one.result.found.best.allocation.kept[1::2]} == {0}
 
