@@ -55,7 +55,7 @@ class TaskTable:
                 for index, model in enumerate(self.models)
             ),
         ]
-        return Table(columns, lines, _notes(self), row_style=lambda line: "bold" if line.task == MEAN_LABEL else "")
+        return Table(columns, lines, _notes(self), is_bold=lambda line: line.task == MEAN_LABEL)
 
 
 @dataclass(frozen=True)

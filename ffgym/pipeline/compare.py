@@ -109,11 +109,14 @@ def with_result(
         label = f"{found_name(config)} + {refitted}"
         row = measured_row(task, label, reporter, refit=refitted, is_found=True)
         heuristics = heuristic_allocations(task)
-        notes = _ahead(task, [*rows, row], heuristics, kept), "the saved model" if config.output.save_model else ""
-        note = "; ".join(filter(None, notes))
         one_shot = config.agent.name == "one-shot"
-        same = "" if one_shot else _same_as(heuristics, kept, refitted)
-        row = replace(row, same_as=same, note=note, is_saved=True, is_heuristic=one_shot)
+        row = replace(
+            row,
+            note=_ahead(task, [*rows, row], heuristics, kept),
+            same_as="" if one_shot else _same_as(heuristics, kept, refitted),
+            is_heuristic=one_shot,
+            is_saved=config.output.save_model,
+        )
         return _saved(task, found, [*rows, row], model)
 
 

@@ -32,7 +32,7 @@ class Column(Generic[R]):
     text: Callable[[R], str]  # writes a row's cell; `STAR` at its end marks it
     left: bool = False  # it is text and stands on the left; numbers stand on the right
     plain: Callable[[R], JSONDict] | None = None  # what JSON has of it, by key; None for nothing
-    bold: bool = False  # Markdown shows the best row's cell in bold
+    bold: bool = False  # Markdown shows its cells of bold rows in bold
     once: bool = False  # a console shows it only where the first column differs from the row above
     # it moves into the caption where all rows show the same, and a console that is too narrow leaves it out
     spare: bool = False
@@ -49,8 +49,7 @@ class Table(Generic[R]):
     notes: Sequence[str] = ()  # sentences that stand under it, one a line
     # columns of blanks after every cell on a console, beside the one that stands between two cells anyway
     space: int = 0
-    best: R | None = None  # one of the rows, or None
-    row_style: Callable[[R], str] = lambda _: ""  # the rich style of a row
+    is_bold: Callable[[R], bool] = lambda _: False  # the row is shown in bold
     # the row is what the others are compared with; a console draws a line under it
     is_reference: Callable[[R], bool] = lambda _: False
     caption: str = "In every row"  # what introduces the columns that are the same in all rows but the references
@@ -113,7 +112,7 @@ class Table(Generic[R]):
         for row in self.rows:
             name = columns[0].text(row)
             cells = ("" if column.once and name == before else column.text(row) for column in columns)
-            grid.add_row(*map(Text, cells), style=self.row_style(row), end_section=self.is_reference(row))
+            grid.add_row(*map(Text, cells), style="bold" * self.is_bold(row), end_section=self.is_reference(row))
             before = name
         return grid
 
@@ -122,7 +121,7 @@ class Table(Generic[R]):
         lines = [
             [escape(column.head) for column in self.shown],
             *(
-                [_markdown_cell(column.text(row), column.bold and row is self.best) for column in self.shown]
+                [_markdown_cell(column.text(row), column.bold and self.is_bold(row)) for column in self.shown]
                 for row in self.rows
             ),
         ]

@@ -208,8 +208,7 @@ class ReportTable:
                 *self._legend(),
                 self.header,
             ],
-            best=best,
-            row_style=lambda row: "bold green" if row is best else "bold" if row.is_found else "",
+            is_bold=lambda row: row.is_saved,
             is_reference=lambda row: row.is_dense,
             caption="In every pruned row",
             plain=lambda row: {
@@ -251,9 +250,10 @@ class ReportTable:
 
     def _legend(self) -> list[str]:
         """Explain the signs that the table uses, and only those; then the rows' notes."""
-        signs = []
-        if self.best is not None:
-            signs.append("* lowest perplexity of the pruned rows.")
+        looks = ["* lowest perplexity of the pruned rows."] if self.best is not None else []
+        if saved := sum(row.is_saved for row in self.rows):
+            looks.append(f"Bold: the saved model{'s' * (saved > 1)}.")
+        signs = [" ".join(looks)]
         if any(self.difference(row) for row in self.rows):
             signs.append(
                 "Nats per token against the best heuristic on the same windows, ± half of the 95 % interval; below 0 "

@@ -60,6 +60,7 @@ def test_the_page_says_what_was_run_what_came_of_it_how_to_load_and_how_to_repea
         "reinforce + ridge is better than the best heuristic, uniform, by",
         "<dt>search</dt><dd>3 episodes, 192 tokens of demo:c4</dd>",
         "<td>best heuristic</td>",
+        '<tr class="bold"><td class="left">reinforce + ridge</td><td>20.09',
         "how it was measured",
         "<p>reinforce + ridge: perplexity 20.09</p>",
         f"folder = &#39;{run / 'model'}&#39;",

@@ -70,7 +70,6 @@ def test_a_heuristic_that_earns_more_than_the_result_is_named(tmp_path: Path) ->
     )
     assert found.note == (
         f"by its reward, uniform + ridge ({theirs:.2f}) is ahead of it ({ours:.2f}): start there with --prior uniform"
-        "; the saved model"
     )
 
 

@@ -59,13 +59,26 @@ def test_terminal_table_without_colours_has_no_escape_codes_and_still_marks_the_
     assert "33.91\N{NO-BREAK SPACE}*" in text
 
 
-def test_markdown_is_one_table_with_the_best_in_bold():
+def test_markdown_is_one_table():
     lines = TABLE.layout().markdown().splitlines()
     assert lines[0] == "| model | perplexity | x dense |"
     assert {line.count("|") for line in lines[: 2 + len(TABLE.rows)]} == {4}
-    assert "| **reinforce + ridge** | **33.91** \\* | 1.41 |" in TABLE.layout().markdown()
+    assert "| reinforce + ridge | 33.91 \\* | 1.41 |" in TABLE.layout().markdown()
     assert "<br>" not in TABLE.layout().markdown()
     assert "some\\_text" in TABLE.layout().markdown()
+
+
+def test_bold_is_the_saved_model_whoever_has_the_star():
+    rows = (row("dense", 24.0, 0.0), row("uniform", 30.0), row("found", 33.0, is_found=True, is_saved=True))
+    text = ReportTable(rows, HEADER).layout().markdown()
+    assert "| uniform | 30.00 \\* | 1.25 |\n| **found** | **33.00** | 1.38 |\n" in text
+    assert "- \\* lowest perplexity of the pruned rows. Bold: the saved model.\n" in text
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+    console.print(ReportTable(rows, HEADER).layout())
+    (found,) = (line for line in console.file.getvalue().splitlines() if "33.00" in line)
+    (lowest,) = (line for line in console.file.getvalue().splitlines() if "30.00" in line)
+    assert found.startswith("\x1b[1mfound")
+    assert "\x1b[" not in lowest
 
 
 def test_the_equals_of_the_best_have_its_star():
