@@ -143,7 +143,8 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> Figu
 
     Hard text lowers all rewards of its update, so that the mean of a single one says little. Where the schedule moves,
     a second panel shows the target. Under a range of budgets, where every update has a target of its own, each has its
-    own mean, and no line joins them. Failed episodes are crosses on the lower edge and stay out of the means.
+    own mean, and no line joins them. Failed episodes are crosses on the lower edge and stay out of the means. Dots far
+    below those of the first search are left out: they would flatten it.
 
     Args:
         episodes: by the search's label, each in the order of evaluation; at least one search has an episode.
@@ -157,38 +158,45 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> Figu
         _draw_schedule(bottom, searches)
     else:
         rewards = bottom = figure.subplots()
-    ends = []
+    own = [episode.reward for episode in next(iter(searches.values())) if _has_reward(episode)]
+    floor = min(own) - 0.5 * float(np.ptp(own)) if len(set(own)) > 1 else -math.inf
     for number, (label, history) in enumerate(searches.items()):
         look = SERIES[number % len(SERIES)]
-        end = _draw_rewards(rewards, history, label, look, around=0 if ranged else AROUND)
-        ends.append(f"{label} ends at {end:z.3f}")
+        _draw_rewards(rewards, history, label, look, around=0 if ranged else AROUND, floor=floor)
     means = "large marks: mean of each update" if ranged else f"lines: moving mean of {2 * AROUND + 1} updates"
-    rewards.set_title(f"dots: episodes; {means}; crosses on the edge: failed episodes", fontsize=10, loc="left")
+    failed = any(not _has_reward(episode) for history in searches.values() for episode in history)
+    crosses = "; crosses on the edge: failed episodes" * failed
+    rewards.set_title(f"dots: episodes; {means}{crosses}", fontsize=10, loc="left")
     rewards.set_ylabel("reward (higher is better)")
-    own = rewards.collections[0].get_offsets()[:, 1]
-    if len(set(own)) > 1:  # values far below would flatten the search itself
-        rewards.set_ylim(bottom=max(rewards.get_ylim()[0], own.min() - 0.5 * np.ptp(own)))
-        for line in rewards.lines:
-            if max(line.get_ydata(), default=math.inf) < rewards.get_ylim()[0]:
-                line.set_label(f"{line.get_label()} (below the scale)")
+    rewards.set_ylim(bottom=max(rewards.get_ylim()[0], floor))
+    for line in rewards.lines:
+        if max(line.get_ydata(), default=math.inf) < floor:
+            line.set_label(f"{line.get_label()} (below the scale)")
     handles, labels = rewards.get_legend_handles_labels()
     _legend(figure, dict(zip(labels, handles, strict=True)))
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    # Under a range the last update has a target of its own, which says nothing of the others.
-    title = "Reward of every episode" if ranged else f"Mean reward:\n{', '.join(ends)}"
+    title = f"Reward of every episode, and {'mean of every update' if ranged else 'moving mean'}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return save_figure(figure, path)
 
 
-def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, look: Mapping[str, Any], *, around: int) -> float:
-    """Draw one search, and means of each update and so many on either side; return the last of them, or NaN."""
+def _has_reward(episode: Episode) -> bool:
+    return math.isfinite(episode.reward) and not episode.failed
+
+
+def _draw_rewards(
+    axes: Axes, history: Sequence[Episode], label: str, look: Mapping[str, Any], *, around: int, floor: float
+) -> None:
+    """Draw one search: its episodes down to a floor, and means of each update and so many on either side."""
     tokens = _tokens_so_far(history)
     values = np.array([episode.reward for episode in history])
-    drawn, colour = np.isfinite(values) & [not episode.failed for episode in history], look["color"]
+    drawn, colour = np.array([_has_reward(episode) for episode in history]), look["color"]
     updates = np.array([episode.update for episode in history])
-    axes.scatter(tokens[drawn], values[drawn], s=14, color=colour, alpha=0.5, linewidths=0, zorder=2)
+    dots = drawn & (values >= floor)
+    # Not clipped: half a dot on the lower edge could be taken for a cross.
+    axes.scatter(tokens[dots], values[dots], s=14, color=colour, alpha=0.5, linewidths=0, zorder=2, clip_on=False)
     # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
     axes.scatter(
         tokens[~drawn],
@@ -204,7 +212,6 @@ def _draw_rewards(axes: Axes, history: Sequence[Episode], label: str, look: Mapp
     xs = [tokens[drawn & (updates == update)].mean() for update in middles]
     means = [values[drawn & (abs(updates - update) <= around)].mean() for update in middles]
     axes.plot(xs, means, **look, linestyle="-" if around else "", label=label, zorder=4)
-    return float(means[-1]) if means else math.nan
 
 
 @default_style()
@@ -244,8 +251,8 @@ def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> Non
         targets = [100 * episode.target_sparsity for episode in history]
         colour = SERIES[number % len(SERIES)]["color"]
         axes.plot(
-            _tokens_so_far(history),
-            targets,
+            [0, *_tokens_so_far(history)],
+            [targets[0], *targets],
             color=colour,
             linewidth=1.8,
             linestyle="-" if number == 0 else "--",

@@ -39,13 +39,18 @@ class Difference:
         return abs(self.mean) <= self.margin
 
     @property
+    def is_same(self) -> bool:
+        """Every window has the same loss: the two are one model, such as an allocation that was found twice."""
+        return self.mean == self.margin == 0
+
+    @property
     def figures(self) -> str:
         """Both numbers with three decimals; with four where three leave open whether the interval holds 0."""
         digits = 4 if f"{abs(self.mean):.3f}" == f"{self.margin:.3f}" else 3
         return f"{self.mean:+z.{digits}f}" + (f" ± {self.margin:.{digits}f}" if math.isfinite(self.margin) else "")
 
     def __str__(self) -> str:
-        return f"{self.figures} tie" if self.is_tie else self.figures
+        return "same model" if self.is_same else f"{self.figures} tie" if self.is_tie else self.figures
 
 
 def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> Difference | None:

@@ -153,6 +153,8 @@ class ReportTable:
         rule = f"the best heuristic, {best.label.removesuffix(f' + {best.refit}')}"
         if not math.isfinite(difference.margin):
             return [f"One window cannot say whether {found.label} is better than {rule}."]
+        if difference.is_same:
+            return [f"{found.label} is the same model as {rule}."]
         nats = f"{difference.figures} nats per token (95 % interval, {len(found.losses)} windows)."
         alone = "By perplexity alone, " if self.has_objectives else ""
         if difference.is_tie:

@@ -71,7 +71,8 @@ def test_a_line_of_means_over_five_updates_shows_progress_through_the_scatter(tm
     assert line.get_linestyle() == "-"
     around = [rewards[max(0, 4 * k - 8) : 4 * k + 12] for k in range(10)]
     assert line.get_ydata() == pytest.approx([sum(each) / len(each) for each in around])
-    assert figure.get_suptitle() == f"Mean reward:\nagent ends at {line.get_ydata()[-1]:.3f}"
+    assert figure.get_suptitle() == "Reward of every episode, and moving mean"
+    assert axes.get_title("left") == "dots: episodes; lines: moving mean of 5 updates"
 
 
 def test_rewards_far_below_do_not_flatten_the_search(tmp_path):
@@ -81,10 +82,22 @@ def test_rewards_far_below_do_not_flatten_the_search(tmp_path):
     assert [line.get_label() for line in axes.lines] == ["agent", "random (below the scale)"]
 
 
+def test_a_dot_on_the_lower_edge_is_whole(tmp_path):
+    """Half of one could be taken for the cross of a failed episode."""
+    own, edge = [episode(i) for i in range(8)], 0.5 - 0.07 / 2
+    random = [episode(0, reward=edge + 1e-6), episode(1, reward=edge - 1e-6)]
+    axes = reward_figure({"agent": own, "random": random}, tmp_path / "a.png").axes[0]
+    dots = axes.collections[2]
+    assert dots.get_offsets()[:, 1].tolist() == [edge + 1e-6]
+    assert not dots.get_clip_on()
+
+
 def test_under_a_range_no_single_update_stands_for_the_search(tmp_path):
     history = [replace(episode(i), target_sparsity=0.1 + 0.2 * (i // 4 % 2 == 0)) for i in range(8)]
     figure = reward_figure({"agent": history}, tmp_path / "a.png")
-    assert figure.get_suptitle() == "Reward of every episode"
+    assert figure.get_suptitle() == "Reward of every episode, and mean of every update"
+    target = figure.axes[1].lines[0]
+    assert (target.get_xdata()[0], target.get_ydata()[0]) == (0, pytest.approx(30)), "the first one has a width"
     (line,) = figure.axes[0].lines
     assert line.get_ydata() == pytest.approx([0.515, 0.555]), "each update, of a target of its own, has its own mean"
     assert line.get_linestyle() == "None"

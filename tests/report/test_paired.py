@@ -60,6 +60,7 @@ def test_one_window_says_nothing_and_no_number_gives_none() -> None:
         (-0.0042, 0.0038, "-0.0042 ± 0.0038"),  # with three decimals it would look like a tie
         (0.0018, 0.0021, "+0.0018 ± 0.0021 tie"),
         (-1.0, math.inf, "-1.000 tie"),
+        (0.0, 0.0, "same model"),  # nothing to be unsure of
     ],
 )
 def test_how_it_is_written(mean: float, margin: float, text: str) -> None:
