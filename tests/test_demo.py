@@ -64,7 +64,7 @@ def test_the_demo_ends_in_a_smaller_model_that_loads_and_generates(
     out = folder / "out"
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
-    for part in ("dense", "uniform + ridge", "mlp-first + ridge", "reinforce, plain", "reinforce + ridge", "dequantised"):
+    for part in ("dense", "uniform + ridge", "mlp-first", "reinforce, plain", "reinforce + ridge", "dequantised"):
         assert part in done.stdout
     rows = json.loads((out / "report.json").read_text())
     assert len(rows) == 5

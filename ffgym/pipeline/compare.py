@@ -180,7 +180,10 @@ def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunCon
         losses=recovered.after.losses,
         refit=f"{before.refit} + {method}",
         is_heuristic=False,
-        note=f"trained after the final calibration, saved in {recovered.saved.path.name}/",
+        is_saved=recovered.is_kept,
+        note=f"trained after the final calibration, saved in {recovered.saved.path.name}/"
+        if recovered.is_kept
+        else f"training did not lower the held-out loss and was undone: the weights of {before.label}",
     )
     return replace(table, rows=(*table.rows, row))
 

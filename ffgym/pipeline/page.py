@@ -80,6 +80,8 @@ def _loading(run: StoredRun, front: Front | None) -> dict[str, str]:
             saved = [found[target]] if target in found else []
         rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]
         rows += ["the saved model", "the same model, trained afterwards"][len(rows) :]
+        if table is not None and not table.rows[-1].is_saved:  # a training that was undone
+            del rows[1:]
         for folder, row in zip((place, output_folder(place)), rows, strict=False):
             if (folder / "config.json").is_file():
                 at = f"At {100 * target:.6g}%, " if config.prune.is_range else ""

@@ -73,19 +73,18 @@ class RunResult:
         """The table, where things are, and how to load the model."""
         load = []
         if self.saved is not None:
-            broken = self.table.warning is not None and self.recovered is None
-            untrained = "" if self.recovered is None else " as it was before training"
+            trained = self.recovered is not None and self.recovered.is_kept
+            broken = self.table.warning is not None and not trained
+            untrained = " as it was before training" if trained else ""
             load += [
                 f"Saved: {self.table.saved.label}",
                 "To look at it all the same, load it with" if broken else f"Load the pruned model{untrained} with",
                 f"  {load_line(self.saved.path)}",
             ]
         if self.recovered is not None:
-            load += [
-                *self.recovered.summary,
-                "Load the trained model with",
-                f"  {load_line(self.recovered.saved.path)}",
-            ]
+            load += self.recovered.summary
+            if self.recovered.is_kept:
+                load += ["Load the trained model with", f"  {load_line(self.recovered.saved.path)}"]
         _print(console, self, load)
 
 

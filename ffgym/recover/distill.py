@@ -25,6 +25,7 @@ from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import arguments_of
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.report.layout import counted
 
 Weights = dict[str, torch.Tensor]
 
@@ -67,7 +68,7 @@ class DistilMLP(Recovery):
                 fits = distil_mlps(setup, on_step, on_layer)
         return TrainingOutcome(
             summary=f"Every MLP was trained by Adam towards the output of the dense one, layer by layer on the pruned "
-            f"model's own states: {steps} steps of {setup.batch_tokens:,} tokens each at up to "
+            f"model's own states: {counted(steps, 'step')} of {setup.batch_tokens:,} tokens each at up to "
             f"{setup.learning_rate:g}, seed {setup.seed}.",
             kept="the trained weights were kept",
             curve={"layers": [asdict(fit) for fit in fits]},

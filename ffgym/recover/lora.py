@@ -26,6 +26,7 @@ from ffgym.plugins.bases import PluginConfig
 from ffgym.recover.checkpoint import random_state, set_random_state
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.report.layout import counted
 
 ADAPTER = "default"
 PART = "lora"
@@ -79,7 +80,7 @@ class Lora(Recovery):
         options, step_tokens = self.config, batch_windows(setup) * setup.windows.shape[1]
         return TrainingOutcome(
             summary=f"LoRA of rank {options.rank} (alpha {options.alpha:g}) on all linears of attention and MLP, "
-            f"merged: {steps_of(setup)} steps of {step_tokens:,} tokens at up to {setup.learning_rate:g}, "
+            f"merged: {counted(steps_of(setup), 'step')} of {step_tokens:,} tokens at up to {setup.learning_rate:g}, "
             f"seed {setup.seed}.",
             kept=f"the adapters of step {curve.chosen} were merged" if curve.chosen else "the weights are as they were",
             curve=asdict(curve),

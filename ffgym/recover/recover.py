@@ -170,8 +170,8 @@ def train_and_save(
         recovery.log_start()
         if checkpoint.exists:
             reporter.print(f"going on with the training in {checkpoint.folder}")
-        outcome, gain = recovery.train()
-        return recovery.save(outcome, gain, recovery.compare(), place, overwrite)
+        outcome, gain, is_kept = recovery.train()
+        return recovery.save(outcome, gain, is_kept, recovery.compare(), place, overwrite)
 
 
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:
@@ -253,11 +253,11 @@ class _Recovery:
             tokens=text.windows.numel(),
         )
 
-    def train(self) -> tuple[TrainingOutcome, str]:
+    def train(self) -> tuple[TrainingOutcome, str, bool]:
         """Let the method train the model; where that lowered no loss, take the model as it was.
 
         Returns:
-            what the method handed back, and a sentence on the losses before and after.
+            what the method handed back, a sentence on the losses before and after, and whether anything was kept.
         """
         setup, who = self._setup(), manager.described(self.method)
         before, given = setup.held_out_loss(), _parameters(setup.model)
@@ -277,9 +277,9 @@ class _Recovery:
         after, where = setup.held_out_loss(), "held-out windows of the search split"
         setup.log([("held_out_before", before, 0), ("held_out_after", after, 0)])
         if after < before:
-            return outcome, f"Loss on {where}: {before:.4f} before, {after:.4f} after; {outcome.kept}."
+            return outcome, f"Loss on {where}: {before:.4f} before, {after:.4f} after; {outcome.kept}.", True
         self.loaded = _load(self.source, self.config)
-        return outcome, f"Training did not lower the loss on {where}, {before:.4f}: nothing was kept."
+        return outcome, f"Training did not lower the loss on {where}, {before:.4f}: nothing was kept.", False
 
     def _setup(self) -> TrainingSetup:
         table, loaded, dense = self.config.recover, self.loaded, None
@@ -338,7 +338,7 @@ class _Recovery:
         return Measured(label, result, sum(p.numel() for p in loaded.model.parameters()))
 
     def save(
-        self, outcome: TrainingOutcome, gain: str, table: RecoveryTable, place: Path, overwrite: bool
+        self, outcome: TrainingOutcome, gain: str, is_kept: bool, table: RecoveryTable, place: Path, overwrite: bool
     ) -> RecoveredModel:
         """Save the model with all that is known of it, and delete the checkpoints."""
         text, method = self.texts.training, self.method.name
@@ -346,7 +346,8 @@ class _Recovery:
         files = self._write_results(outcome, table)
         old_card = self.source / "README.md"
         card = recovered_card(
-            title=f"{place.name}: pruned, then {method}",
+            title=f"{place.name}: pruned, then {method}" if is_kept else f"{place.name}: pruned",
+            is_kept=is_kept,
             before=CARD.text(old_card) if old_card.is_file() else None,
             summary=summary,
             table=table,
@@ -367,7 +368,7 @@ class _Recovery:
             )
             self.checkpoint.remove()
         self.tracker.log_artifact(saved.path / CURVE)
-        return RecoveredModel(saved, table, table.rows[-1].evaluation, summary)
+        return RecoveredModel(saved, table, table.rows[-1].evaluation, summary, is_kept)
 
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve, beside the checkpoints and the configuration; of a curve that is no JSON, what else there is."""

@@ -16,12 +16,17 @@ CURVE = "recovery.json"
 
 @dataclass(frozen=True)
 class RecoveredModel:
-    """A model that was trained and saved."""
+    """A model that was trained and saved.
+
+    Attributes:
+        is_kept: training lowered the held-out loss; otherwise it was undone, and the weights are those from before.
+    """
 
     saved: SavedModel
     table: RecoveryTable
     after: Evaluation
     summary: tuple[str, ...]
+    is_kept: bool
     mlflow_run: str | None = None
 
     @property

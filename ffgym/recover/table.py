@@ -11,6 +11,8 @@ from ffgym.report.layout import Column, Table, humane
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import Evaluation, JSONDict
 
+TRIED = "A pruned model. Training it after pruning was tried and undone: these are the weights from before."
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -75,6 +77,7 @@ def _losses(row: Measured) -> JSONDict:
 def recovered_card(
     *,
     title: str,
+    is_kept: bool,
     before: str | None,
     summary: Sequence[str],
     table: RecoveryTable,
@@ -85,6 +88,7 @@ def recovered_card(
     """Write the model card of a recovered model.
 
     Args:
+        is_kept: training lowered the held-out loss, and was not undone.
         before: the card of the model as it was before; ``None`` where it had none.
 
     Returns:
@@ -94,7 +98,7 @@ def recovered_card(
     sections = [
         front or "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
         f"# {title}",
-        "A pruned model that was trained after pruning. " + " ".join(summary),
+        " ".join(["A pruned model that was trained after pruning." if is_kept else TRIED, *summary]),
         "## Load it",
         loading(stock=stock, towers=towers),
         "## What it brought",

@@ -69,7 +69,8 @@ def test_plain_data_has_no_infinity() -> None:
 
 
 def test_the_card_keeps_front_matter_and_demotes_the_old_headings() -> None:
-    card = recovered_card(title="Recovered", before=CARD, summary=["Told."], table=table(), command="ffgym recover x")
+    said = {"summary": ["Told."], "command": "ffgym recover x"}
+    card = recovered_card(title="Recovered", is_kept=True, before=CARD, table=table(), **said)
     assert card.startswith('---\nlibrary_name: transformers\nbase_model: "a/b"\n---\n\n# Recovered')
     assert card.count("\n# ") == 2  # the title, and what is code
     assert "\n### Pruned\n" in card
@@ -81,6 +82,6 @@ def test_the_card_keeps_front_matter_and_demotes_the_old_headings() -> None:
 
 @pytest.mark.parametrize("before", [None, "no front matter", "---\nunclosed"])
 def test_a_card_without_front_matter_gets_one(before: str | None) -> None:
-    card = recovered_card(title="Recovered", before=before, summary=[], table=table(), command="c")
+    card = recovered_card(title="Recovered", is_kept=True, before=before, summary=[], table=table(), command="c")
     assert card.startswith("---\nlibrary_name: transformers\ntags:\n- ffgym")
     assert ("## The model before that" in card) == (before is not None)

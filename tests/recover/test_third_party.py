@@ -78,6 +78,14 @@ def call(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def run_that_trains(folder: Path) -> Any:
+    tables = glass_tables(folder, search={"random_baseline": False}, recover=TEXT)
+    overrides = [f"{table}.{key}={json.dumps(value)}" for table, keys in tables.items() for key, value in keys.items()]
+    done = call("run", "--recover", "shrink", *(part for override in overrides for part in ("--set", override)))
+    assert done.exit_code == 0, done.output
+    return done
+
+
 def head(folder: Path) -> torch.Tensor:
     weights = load_file(folder / "model.safetensors")
     return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
@@ -112,29 +120,38 @@ def test_the_command_trains_by_it(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("shrink")
 def test_a_run_trains_by_it(tmp_path: Path) -> None:
-    tables = glass_tables(tmp_path, search={"random_baseline": False}, recover=TEXT)
-    overrides = [f"{table}.{key}={json.dumps(value)}" for table, keys in tables.items() for key, value in keys.items()]
-    sets = [part for override in overrides for part in ("--set", override)]
-    done = call("run", "--recover", "shrink", *sets)
-    assert done.exit_code == 0, done.output
+    done = run_that_trains(tmp_path)
     trained, before = tmp_path / "out" / "model-recovered", tmp_path / "out" / "model"
     assert torch.equal(head(trained), head(before) * 0.75**2)
     assert "+ shrink" in (tmp_path / "out" / "report.md").read_text()
     assert "Shrunk 2 times" in done.stdout
     # The stored configuration spells its options out, and a later recovery by another method leaves them behind.
     assert "colour = " in (tmp_path / "out" / "config.toml").read_text()
-    small = ("--method", "lora", "--output", tmp_path / "lora")
-    assert call("recover", before, *small).exit_code == 0
+    small = call("recover", before, "--method", "lora", "--output", tmp_path / "lora")
+    assert small.exit_code == 0
+    assert "merged: 1 step of 256 tokens at up to" in small.stdout
 
 
 def test_what_did_not_help_is_undone_whatever_the_method_says(
     install: Callable[..., None], pruned: Path, tmp_path: Path
 ) -> None:
     install("acme-grow", METHOD.replace("mul_(1 - rate)", "mul_(3)") + HOOK)
-    done = call("recover", pruned, "--method", "shrink", "--output", tmp_path / "out")
+    done = call("recover", pruned, "--method", "shrink", "--output", tmp_path / "alone")
     assert done.exit_code == 0, done.output
     assert re.search(r"Training did not lower the loss .*, 5\.\d{4}: nothing was kept", done.stdout)
-    assert torch.equal(head(tmp_path / "out"), head(pruned / "model"))
+    assert torch.equal(head(tmp_path / "alone"), head(pruned / "model"))
+    card = (tmp_path / "alone" / "README.md").read_text()
+    assert "\n# alone: pruned\n" in card
+    assert "Training it after pruning was tried and undone: these are the weights from before." in card
+    done = run_that_trains(tmp_path)
+    assert "nothing was kept" in done.stdout
+    assert "Load the trained model" not in done.stdout
+    assert "as it was before training" not in done.stdout
+    *_, before, after = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (before["is_saved"], after["is_saved"]) == (True, False)
+    assert after["note"].endswith("was undone: the weights of reinforce + ridge")
+    page = Path(call("report", tmp_path / "out").stdout.strip()).read_text()
+    assert page.count("AutoModelForCausalLM.from_pretrained") == 1
 
 
 @pytest.mark.usefixtures("shrink")

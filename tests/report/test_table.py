@@ -136,7 +136,11 @@ def found(*losses: float, **kwargs) -> Row:
     [
         ((2.4, 3.4, 4.41), "-0.097 ± 0.014", "is better than the best heuristic, fisher, by 0.097 ± 0.014 nats"),
         ((2.6, 3.6, 4.59), "+0.097 ± 0.014", "is worse than the best heuristic, fisher, by 0.097 ± 0.014 nats"),
-        ((2.4, 3.6, 4.45), "-0.017 ± 0.259 tie", "reinforce + ridge ties with the best heuristic, fisher: -0.017 ± 0.259 nats"),
+        (
+            (2.4, 3.6, 4.45),
+            "-0.017 ± 0.259 tie",
+            "reinforce + ridge ties with the best heuristic, fisher: -0.017 ± 0.259",
+        ),
         (HARD, "same model", "reinforce + ridge is the same model as the best heuristic, fisher."),
     ],
 )
