@@ -226,7 +226,7 @@ def test_a_file_of_json_knows_no_nan(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(measure_module, "measure", lambda *_, **__: Measured(math.nan))
     done = call("measure", str(tmp_path), "--output", str(tmp_path / "measure.json"))
     assert done.exit_code == 0, done.stderr
-    assert (tmp_path / "measure.json").read_text() == '{\n  "seconds": null\n}\n'
+    assert (tmp_path / "measure.json").read_text() == '{\n  "seconds": null,\n  "notes": []\n}\n'
 
 
 @pytest.mark.parametrize(
