@@ -95,7 +95,7 @@ def running(server: Server, log: Path) -> Iterator[Running]:
     changes = {"HF_HUB_OFFLINE": "1", **server.environment}
     name = f"ffgym-{secrets.token_hex(4)}"
     command = (*server.command, server.name_option, name, "--host", HOST, "--port", str(port))
-    by_hand = ["env", *(f"-u{name}" if value is None else f"{name}={value}" for name, value in changes.items())]
+    by_hand = ["env", *(f"-u{key}" if value is None else f"{key}={value}" for key, value in changes.items())]
     process: subprocess.Popen[bytes] | None = None
     try:
         # In a process group of its own: Ctrl-C reaches only this process, which then ends the whole group.
@@ -106,7 +106,7 @@ def running(server: Server, log: Path) -> Iterator[Running]:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={name: value for name, value in {**os.environ, **changes}.items() if value is not None},
+                env={key: value for key, value in {**os.environ, **changes}.items() if value is not None},
                 start_new_session=True,
                 preexec_fn=None if C_LIBRARY is None else _end_with_parent,
             )
