@@ -45,7 +45,7 @@ def measured(file: Path, text: str, reporter: Reporter) -> tuple[BenchTable, lis
                 found = on_report(task, result.final.kept)
                 final = result.final.model_copy(update={"loss": found.loss, "losses": list(found.losses)})
                 settings = {**result.settings, "data": {**result.settings["data"], "report": text}}
-                changes = {"settings": settings, "dense_loss": dense, "final": final}
+                changes = {"settings": settings, "dense_loss": dense, "dtype": task.loaded.dtype_name, "final": final}
                 results.append(result.model_copy(update=changes))
                 stage.advance()
     return bench_table(bench.spec.title, results, baselines=bench.spec.baseline), results
