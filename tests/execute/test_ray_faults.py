@@ -40,7 +40,10 @@ def test_ray_may_take_long_to_start_but_not_for_ever(monkeypatch: pytest.MonkeyP
     def too_late(**options: Any) -> None:
         assert options["address"] == "local"
         assert all(earlier.poll() is not None for earlier in starts)
-        starts.append(subprocess.Popen([sys.executable, "-c", "input()", *ray.__path__], stdin=subprocess.PIPE))
+        command = [sys.executable, "-c", "print(flush=True); input()", *ray.__path__]
+        starts.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert starts[-1].stdout is not None
+        starts[-1].stdout.readline()  # for a moment a new process has no command line that names Ray
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", too_late)

@@ -286,7 +286,7 @@ def test_what_comes_before_the_first_tensor_says_nothing_of_how_long_the_others_
     assert done.stderr.splitlines() == [
         "write names.txt: 0/4 · 0:00 elapsed",
         "write names.txt: 1/4 · 0:16 elapsed · 0:48 left",
-        "write names.txt: done in 0:56",
+        "write names.txt: done in 0:56, 0:40 of it to start",
     ]
 
 
