@@ -29,6 +29,9 @@ class RecoveredModel:
     is_kept: bool
     mlflow_run: str | None = None
 
+    def __repr__(self) -> str:
+        return f"<RecoveredModel in {self.saved.path}: perplexity {self.after.perplexity:,.2f}>"
+
     @property
     def description(self) -> str:
         """What MLflow shows on the page of the run: what was done, the table, how to load the model."""
