@@ -112,7 +112,7 @@ def unanswered(stored: CellResult, cell: Cell) -> list[str]:
     unsaid = []
     if cell.plain and stored.final.plain_loss is None:
         unsaid.append("the bench asks for plain = true, and this result was computed with plain = false")
-    if stored.asked_marks < cell.marks and cell.config.agent.name != "one-shot":
+    if stored.asked_marks < cell.marks and cell.config.searches:
         unsaid.append(
             f"the bench asks for marks = {cell.marks}, and this result was computed with {stored.asked_marks}"
         )
@@ -151,7 +151,7 @@ def _terms(config: RunConfig) -> JSONDict:
     for key in ("data.calibration", "data.search"):
         if not shares(terms[key]).keys() & shares(data.report).keys():
             terms[key] = "no text of data.report"
-    if config.agent.name == "one-shot":
+    if not config.searches:
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window
     agent: Agent = manager.create("agent", config.agent.name, config.agent.options)

@@ -127,12 +127,12 @@ def read_bench(file: Path) -> Bench:
                 config = _resolved(spec, changes, seed)
             except ConfigError as error:
                 raise ConfigError(f"{file}, {label}: {error.message}", hint=error.hint) from None
-            if config.agent.name == "one-shot" and label in spec.more_seeds:
+            if not config.searches and label in spec.more_seeds:
                 raise ConfigError(
                     f"{file}: more_seeds has {label!r}, a heuristic, which draws no random numbers and runs one seed",
                     hint="Leave it out of more_seeds.",
                 )
-            if config.agent.name == "one-shot" and seed != spec.seeds[0]:
+            if not config.searches and seed != spec.seeds[0]:
                 continue
             path = result_file(file, spec, label, seed)
             cells.append(Cell(label, seed, config, path, spec.marks, spec.plain))

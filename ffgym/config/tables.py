@@ -406,6 +406,11 @@ class RunConfig(Strict):
         return self
 
     @property
+    def searches(self) -> bool:
+        """Whether an agent searches; ``False`` where the prior's heuristic is measured as it is."""
+        return self.agent.name != "one-shot"
+
+    @property
     def episode_windows(self) -> int:
         """Windows of text of an episode at full fidelity."""
         return -(-self.search.episode_tokens // self.data.window)

@@ -49,10 +49,14 @@ $ ffgym run --config config.toml --output NEW_FOLDER
 ```"""
 
 
+def _write_exactly(path: Path, data: ReportTable | Front) -> None:
+    """Write what is read back as it was: JSON has no infinity and no NaN, so they are strings there."""
+    write_text(path, to_json(data, inf_nan_mode="strings").decode() + "\n")
+
+
 def write_table(folder: Path, table: ReportTable) -> None:
     """``report.md``, ``report.json``, ``losses.json`` and, where differences are known, ``differences.png``."""
-    # First: the table is read from it. JSON has no infinity and no NaN, so they are strings there.
-    write_text(folder / "losses.json", to_json(table, inf_nan_mode="strings").decode() + "\n")
+    _write_exactly(folder / "losses.json", table)  # first: the table is read from it
     write_text(folder / "report.md", table.layout().markdown())
     write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
     differences = [(row.label, found) for row in table.rows if (found := table.difference(row)) is not None]
@@ -107,7 +111,7 @@ def write_pictures(
     """
     sublayers = task.prepared.prunable.sublayers
     units_kept_figure(sublayers, allocations, folder / "units_kept.png")
-    if task.config.agent.name == "one-shot":
+    if not task.config.searches:
         return
     histories = {label: found.history for label, found in searches.items()}
     reward_figure(histories, folder / "reward.png")
@@ -145,7 +149,7 @@ def write_front(
     tracker: Tracker, front: Front, points: Sequence[SearchResult], config: RunConfig, folder: Path
 ) -> None:
     """Write a front down; in MLflow every point is a child of the run."""
-    write_text(folder / "front.json", to_json(front, inf_nan_mode="strings").decode() + "\n")
+    _write_exactly(folder / "front.json", front)
     write_text(folder / "front.md", front.layout().markdown())
     front_figure(front, folder / "front.png")
     settings = parameters(config.model_dump(mode="json"))

@@ -47,7 +47,7 @@ def reference_rules(config: RunConfig) -> dict[str, tuple[str, JSONDict]]:
     """
     prior, uniform = config.prior, config.prune.uniform
     rules = dict(UNIFORM_REFERENCES if uniform else REFERENCES)  # one shape for all layers spares no ends
-    if config.agent.name == "one-shot":
+    if not config.searches:
         return {label: rule for label, rule in rules.items() if rule[0] != prior.name}
     known = [name if uniform else (name, options) for name, options in rules.values()]
     if prior.name != "none" and (prior.name if uniform else (prior.name, prior.options)) not in known:
@@ -109,12 +109,11 @@ def with_result(
         label = f"{found_name(config)} + {refitted}"
         row = measured_row(task, label, reporter, refit=refitted, is_found=True)
         heuristics = heuristic_allocations(task)
-        one_shot = config.agent.name == "one-shot"
         row = replace(
             row,
             note=_ahead(task, [*rows, row], heuristics, kept),
-            same_as="" if one_shot else _same_as(heuristics, kept, refitted),
-            is_heuristic=one_shot,
+            same_as=_same_as(heuristics, kept, refitted) if config.searches else "",
+            is_heuristic=not config.searches,
             is_saved=config.output.save_model,
         )
         return _saved(task, found, [*rows, row], model)
@@ -157,7 +156,7 @@ def _ahead(task: Task, rows: Sequence[Row], heuristics: Mapping[str, Allocation]
     if lead is None or lead.mean <= 0 or lead.is_tie:
         return ""
     rule, prior = reference_rules(config)[label], (config.prior.name, config.prior.options)
-    can_start = config.agent.name != "one-shot" and not config.prune.uniform and rule != prior
+    can_start = config.searches and not config.prune.uniform and rule != prior
     start = f": start there with --prior {rule[0]}" if can_start else ""
     return f"by its reward, {label} + {found.refit} ({np.mean(theirs):.2f}) is ahead of it ({np.mean(ours):.2f}){start}"
 
@@ -190,7 +189,7 @@ def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunCon
 
 def found_name(config: RunConfig) -> str:
     """What the rows of the found allocation are called: the agent, or the heuristic that it ran."""
-    return config.prior.name if config.agent.name == "one-shot" else config.agent.name
+    return config.agent.name if config.searches else config.prior.name
 
 
 def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "", is_found: bool = False) -> Row:
@@ -228,7 +227,6 @@ def header(task: Task) -> str:
     """How the table's numbers were measured; asked while the model is cut to what was found."""
     config, prunable = task.config, task.prepared.prunable
     calibration, search, report = task.splits.calibration, task.splits.search, task.splits.report
-    searches = config.agent.name != "one-shot"
     widths = {width_step(s, config.prune.align) for s in prunable.sublayers if s.kind == "mlp"} - {1}
     active = {
         name: humane(task.sizes(kept)["params"] - sum(map(Sublayer.idle_params, prunable.sublayers, kept)))
@@ -242,7 +240,7 @@ def header(task: Task) -> str:
         f"{report.windows.shape[1]:,}, {task.loaded.dtype_name}, {bos_text(report.bos)}.",
         *([f"Saved in {saved}, as the dense checkpoint is."] if task.loaded.saved_dtype else []),
         f"Calibration: {_described(calibration)}.",
-        *([f"Search: {_described(search)}."] if searches and search.text != calibration.text else []),
+        *([f"Search: {_described(search)}."] if config.searches and search.text != calibration.text else []),
         *(f"A token passes through {count} of the {name} model's parameters." for name, count in active.items()),
         *(f"MLPs keep multiples of {width} channels." for width in sorted(widths)),
         f"MACs at {config.prune.context:,} tokens of context. Seed {config.seed}.",

@@ -165,7 +165,7 @@ def check_agent_fits(config: RunConfig) -> None:
             f"{cost} episodes{slopes}",
             hint=f"Raise search.episodes{lower}.",
         )
-    if config.schedule.ramp_episodes is not None and name != "one-shot":
+    if config.schedule.ramp_episodes is not None and config.searches:
         _check_ramps_end(config, size)
     if config.prune.uniform and agent.slope_episodes:
         raise ConfigError(
@@ -174,7 +174,7 @@ def check_agent_fits(config: RunConfig) -> None:
             hint="Leave --uniform out, or take an agent that needs no slopes, such as reinforce.",
         )
     if config.prune.is_range and not agent.budget_conditioned:
-        prior = f" with prior {config.prior.name!r}" if name == "one-shot" else ""  # a heuristic was named, not it
+        prior = f" with prior {config.prior.name!r}" if not config.searches else ""  # a heuristic was named, not it
         raise ConfigError(
             f"prune.sparsity = {config.prune.sparsity!r} is a range of budgets, and agent {name!r}{prior} proposes "
             "the same at every target",
