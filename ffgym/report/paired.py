@@ -1,7 +1,8 @@
 """The difference between two models on the same windows of text, and how sure it is.
 
 Windows differ far more than models do: a hard text is hard for both. So losses are subtracted window by window, and
-the interval is that of the mean of these differences (Student's t for paired samples).
+the interval is that of the mean of these differences (Student's t for paired samples). Where searches were repeated,
+their seeds widen it (Welch and Satterthwaite).
 """
 
 from __future__ import annotations
@@ -56,9 +57,8 @@ class Difference:
 def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Sequence[float]]) -> Difference | None:
     """Mean difference of two models' losses on the same windows, with its 95 % interval.
 
-    Where a search was repeated, its seeds are a second sample. The half-widths of the windows and of each search's
-    seeds, each by Student's t, are added as squares. That covers more than 95 %: some 99 % with three seeds, more with
-    two. So a tie may be a difference that a sharper test would see.
+    Where a search was repeated, its seeds are a second sample. The variances of the mean over windows and over each
+    search's seeds add up, and Student's t has the degrees of freedom of their sum (Welch 1947, Satterthwaite 1946).
 
     Args:
         losses: nats per token, by seed and window, shape (seeds, windows); one seed for a single model.
@@ -72,7 +72,7 @@ def paired_difference(losses: Sequence[Sequence[float]], reference: Sequence[Seq
         return None
     by_window = ours.mean(axis=0) - theirs.mean(axis=0)
     by_seed = [seeds.mean(axis=1) for seeds in (ours, theirs) if len(seeds) > 1]
-    return Difference(float(by_window.mean()), math.hypot(*map(margin, (by_window, *by_seed))))
+    return Difference(float(by_window.mean()), margin(by_window, *by_seed))
 
 
 def difference_data(found: Difference | None) -> JSONDict:
@@ -88,9 +88,15 @@ def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | Non
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def margin(values: Sequence[float] | NDArray[np.float64]) -> float:
-    """Half the width of the 95 % interval of the mean; infinite for a single value."""
+def margin(*samples: Sequence[float] | NDArray[np.float64]) -> float:
+    """Half the width of the 95 % interval of a sum of independent samples' means; infinite where one has one value."""
     from scipy.special import stdtrit  # scipy takes a while to import, and not every command prints a table
 
-    error = standard_error(values)
-    return math.inf if error is None else error * float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))
+    if any(len(values) < 2 for values in samples):
+        return math.inf
+    variances = np.array([np.var(values, ddof=1) / len(values) for values in samples])
+    freedom = np.array([len(values) - 1 for values in samples])
+    if not (variance := variances.sum()):
+        return 0.0
+    joint = 1 / ((variances / variance) ** 2 / freedom).sum()
+    return float(np.sqrt(variance) * stdtrit(joint, (1 + CONFIDENCE) / 2))

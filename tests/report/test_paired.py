@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_ind, ttest_rel
 
-from ffgym.report.paired import Difference, paired_difference
+from ffgym.report.paired import Difference, margin, paired_difference
 
 LOSSES = st.floats(0.5, 12.0)
 SEVERAL = st.integers(2, 20).flatmap(lambda n: st.tuples(*[arrays(float, (1, n), elements=LOSSES)] * 2))
@@ -26,6 +26,29 @@ def test_the_interval_is_that_of_a_paired_t_test(drawn: tuple[np.ndarray, ...]) 
     if found.margin > 1e-9:
         low, high = ttest_rel(ours[0], theirs[0]).confidence_interval(0.95)
         assert (found.mean - found.margin, found.mean + found.margin) == pytest.approx((low, high))
+
+
+@given(st.tuples(*[st.integers(2, 9).flatmap(lambda n: arrays(float, n, elements=LOSSES))] * 2))
+def test_two_samples_have_the_interval_of_welchs_t_test(drawn: tuple[np.ndarray, np.ndarray]) -> None:
+    found = margin(*drawn)
+    if found > 1e-9:
+        low, high = ttest_ind(*drawn, equal_var=False).confidence_interval(0.95)
+        assert found == pytest.approx((high - low) / 2)
+
+
+@pytest.mark.parametrize("seeds", [(2, 2), (3, 3), (5, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("spread", [0.3, 2.0], ids="seeds {} times as uncertain as windows".format)
+def test_the_interval_holds_the_truth_95_times_in_100(seeds: tuple[int, int], spread: float) -> None:
+    windows, draws, random = 30, 1000, np.random.default_rng(0)
+    hits = 0
+    for _ in range(draws):
+        text = random.normal(0, math.sqrt(windows), windows)  # what windows add to the difference: a mean of error 1
+        ours, theirs = (
+            random.normal(0, spread * math.sqrt(count), (count, 1)) * (count > 1) + np.zeros(windows) for count in seeds
+        )
+        found = paired_difference((ours + text).tolist(), theirs.tolist())
+        hits += found is not None and found.is_tie
+    assert 0.92 < hits / draws < 0.97
 
 
 def test_a_model_ties_with_itself() -> None:
