@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import math
+import itertools
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NamedTuple
 
 import pluggy
-from pydantic import ValidationError
 
-from ffgym.config.tables import table_model
 from ffgym.errors import PluginError, first_line
 from ffgym.plugins import hookspecs
-from ffgym.plugins.bases import Plugin, PluginConfig, Reward
+from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.kinds import HOOKS, KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
@@ -33,32 +30,6 @@ from ffgym.version import __version__
 
 ENVIRONMENT_VARIABLE = "FFGYM_LOAD_PLUGINS"
 """Names of the entry points to load, separated by commas; empty loads none; unset loads all."""
-
-STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_gradient"})
-"""What a criterion or a heuristic may need."""
-
-MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
-"""What a reward may need beside the losses."""
-
-FOLLOWED = ("loss", "kl", "reverse_kl", None)
-"""What a reward may fall with."""
-
-WITHOUT_OPTIONS = ("calibration", "corpus", "family", "metric", "resource")
-"""Kinds that no table or command holds options of."""
-
-TYPES: dict[type, tuple[Any, str]] = {
-    bool: (bool, "True or False"),
-    str: (str, "text"),
-    float: ((int, float), "a number"),
-    tuple: ((tuple, list), "a tuple of names"),
-    frozenset: ((set, frozenset), "a frozenset of names"),
-    dict: (Mapping, "a dict"),
-}
-"""What an attribute must be, by the type of the base class's value, and how a message says it."""
-
-AGENT_COUNTS = (("slope_episodes", 0), ("least_episodes", 1), ("update_episodes", 1), ("recommendations", 0))
-REWARD_COUNTS = (("examples", 1),)
-"""Attributes that are whole numbers, and the least that each may be."""
 
 SLOW_SECONDS = 2.0
 """A plugin that takes longer to import is named."""
@@ -183,23 +154,10 @@ def _record(entry: EntryPoint, plugin: Loaded) -> PluginRecord:
 
 
 def clash(offer: Offer) -> str | None:
-    """Why an offer is not used (its name is taken, or has several owners); ``None`` if it is used."""
-    name = offer.cls.name
-    if name in BUILTINS[offer.kind]:
-        return f"{offer.kind} {name!r} is a built-in, which is used; the plugin has to be renamed"
-    found = providers(offer.kind, name)
-    if len(found) > 1:
-        return conflict(found)
-    if found != [offer]:
-        return f"{offer.kind} {name!r} is provided by {found[0].package}, whose entry point has that name"
-    return None
-
-
-def conflict(offers: Sequence[Offer]) -> str:
-    """Say that several packages provide one name."""
-    packages = " and ".join(str(offer.package) for offer in offers)
-    what = f"{offers[0].kind} {offers[0].cls.name!r}"
-    return f"{len(offers)} installed packages provide {what}, so none of them is used: {packages}"
+    """Why an offer is not used: a built-in has its name; ``None`` if it is used."""
+    if offer.cls.name not in BUILTINS[offer.kind]:
+        return None
+    return f"{offer.kind} {offer.cls.name!r} is a built-in, which is used; the plugin has to be renamed"
 
 
 def place_of(error: BaseException, package: str) -> str:
@@ -257,129 +215,23 @@ def _ask_hooks(entry: EntryPoint) -> list[tuple[PluginKind, type[Plugin]]]:
     except pluggy.PluginValidationError as error:
         reason = " ".join(str(error).split())
         raise PluginError(f"{reason}; the hooks are {', '.join(HOOKS)}, and none takes an argument") from error
-    implemented = {caller.name for caller in pluggy_manager.get_hookcallers(module) or []}
-    if not implemented:
+    if not pluggy_manager.get_hookcallers(module):
         raise PluginError(f"{entry.value} implements no hook; decorate one of {', '.join(HOOKS)} with @ffgym.hookimpl")
     offered = []
     for hook, kind in HOOKS.items():
-        answers = getattr(pluggy_manager.hook, hook)()
-        if hook in implemented and not answers:  # pluggy drops None
-            raise PluginError(f"{hook} returned None, not a list of classes")
-        for classes in answers:
-            if not isinstance(classes, (list, tuple)):
-                raise PluginError(f"{hook} returned {classes!r}, not a list of classes")
-            for cls in classes:
-                check_class(kind, cls)
-                offered.append((kind, cls))
+        for cls in itertools.chain.from_iterable(getattr(pluggy_manager.hook, hook)()):
+            check_class(kind, cls)
+            offered.append((kind, cls))
     return offered
 
 
 def check_class(kind: PluginKind, cls: Any) -> None:
-    """Raise ``PluginError`` for what is not a complete plugin class of a kind."""
-    hook, table = KINDS[kind].hook, KINDS[kind].table
-    base: type[Plugin] = imported(KINDS[kind].base)
+    """Raise ``PluginError`` for what is no class of a kind, or has no name that could be asked for."""
+    hook, base = KINDS[kind].hook, imported(KINDS[kind].base)
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{hook} returned {cls!r}, which is not a subclass of ffgym.{base.__name__}")
-    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-        raise PluginError(f"{hook} returned {cls.__qualname__}, which does not define {', '.join(missing)}")
     name = getattr(cls, "name", None)
     if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise PluginError(
             f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not lower-case letters, digits, '-' and '_'"
         )
-    keys = table_model(table).model_fields if table else {}
-    if kind in ("heuristic", "recovery") and name == "none":
-        raise PluginError(f"a {kind} cannot be called 'none': it means none in the table [{table}]")
-    if not (isinstance(cls.Config, type) and issubclass(cls.Config, PluginConfig)):
-        raise PluginError(f"{kind} {name!r}: its Config is not a subclass of ffgym.PluginConfig")
-    if taken := sorted(cls.Config.model_fields.keys() & {"name", *keys}):
-        raise PluginError(f"{kind} {name!r}: its Config has an option {taken[0]!r}, a key that its table has already")
-    if kind in WITHOUT_OPTIONS and cls.Config.model_fields:
-        raise PluginError(f"{kind} {name!r}: its Config has options, and no {kind} can be given any")
-    if wrong := _wrong_default(cls.Config):
-        raise PluginError(f"{kind} {name!r}: its Config's default of {wrong}")
-    if not (isinstance(cls.edition, int) and cls.edition >= 1):
-        raise PluginError(f"{kind} {name!r}: edition is {cls.edition!r}, not a whole number from 1")
-    _check_methods(f"{kind} {name!r}", cls, base)
-    check_attributes(kind, name, cls)
-
-
-def _wrong_default(config: type[PluginConfig]) -> str | None:
-    """``"power is 'two': should be a valid number"``; an option may have no default, and so no wrong one."""
-    try:
-        config()
-    except ValidationError as error:
-        for item in error.errors():
-            if item["loc"] and item["type"] != "missing":
-                said = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
-                return f"{item['loc'][0]} is {item['input']!r}: {said}"
-    except Exception:  # the plugin's own check fails, which is said once it is chosen
-        return None
-    return None
-
-
-def _check_methods(who: str, cls: type[Plugin], base: type[Plugin]) -> None:
-    """Refuse a method that cannot be called as its base class's is, as after a change of the contract."""
-    contracts = [vars(each) for each in cls.__mro__ if each.__module__ in (base.__module__, Plugin.__module__)]
-    for name, method in ((name, method) for contract in contracts for name, method in contract.items()):
-        own, is_called = inspect.getattr_static(cls, name), not name.startswith("_") or name in ("__init__", "__call__")
-        if own is method or not (is_called and inspect.isfunction(own) and inspect.isfunction(method)):
-            continue
-        called = inspect.signature(method)
-        by_name = {p.name: None for p in called.parameters.values() if p.kind is p.KEYWORD_ONLY}
-        try:
-            inspect.signature(own).bind(*[None] * (len(called.parameters) - len(by_name)), **by_name)
-        except TypeError:
-            ours, theirs = (_without_types(inspect.signature(each)) for each in (method, own))
-            raise PluginError(f"{who} defines {name}{theirs}, and ffgym calls {name}{ours}") from None
-
-
-def _without_types(signature: inspect.Signature) -> inspect.Signature:
-    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
-    return signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
-
-
-def check_attributes(kind: PluginKind, name: str, plugin: Plugin | type[Plugin]) -> None:
-    """Hold what a plugin says of itself to types and ranges: a class, or an instance that has set attributes itself.
-
-    Raises:
-        PluginError: names the attribute, its value, and what it may be.
-    """
-    package = package_that_offers(plugin if isinstance(plugin, type) else type(plugin))
-    who = f"{kind} {name!r}" + (f" (package {package})" if package else "")
-    base: type[Plugin] = imported(KINDS[kind].base)
-    said: dict[str, Any] = {}
-    for attribute in (attribute for attribute in dir(base) if not attribute.startswith("_")):
-        default, value = getattr(base, attribute), _read(who, plugin, attribute)
-        if type(default) not in TYPES or isinstance(value, property) or (attribute, value) == ("kv_heads", None):
-            continue  # a property has its value in an instance
-        said[attribute] = value
-        expected, what = TYPES[type(default)]
-        are_names = not isinstance(value, tuple | list) or all(isinstance(each, str) for each in value)
-        if not (isinstance(value, expected) and are_names):
-            raise PluginError(f"{who}: {attribute} is {value!r}, not {what}")
-    needs, worst = said.get("needs", frozenset()), said.get("worst", 0.0)
-    known, what = (MEASUREMENTS, "measurements") if kind == "reward" else (STATISTICS, "statistics")
-    if not needs <= known:
-        raise PluginError(f"{who} needs unknown {what} {sorted(needs - known)}; known: {sorted(known)}")
-    followed = plugin.falls_with if isinstance(plugin, Reward) else None
-    if followed not in FOLLOWED:
-        raise PluginError(f"{who}: falls_with is {followed!r}, not one of {', '.join(map(repr, FOLLOWED))}")
-    if followed not in (None, "loss", *needs):
-        raise PluginError(f"{who}: falls_with is {followed!r}, which is not in its needs")
-    if not math.isfinite(worst):
-        raise PluginError(f"{who}: worst is {worst!r}, not a finite number")
-    for attribute, least in AGENT_COUNTS if kind == "agent" else REWARD_COUNTS if isinstance(plugin, Reward) else ():
-        value = _read(who, plugin, attribute)
-        if isinstance(value, property) or (attribute, value) == ("update_episodes", None):
-            continue
-        if not (isinstance(value, int) and value >= least):
-            raise PluginError(f"{who}: {attribute} is {value!r}, not a whole number from {least}")
-
-
-def _read(who: str, plugin: Plugin | type[Plugin], attribute: str) -> Any:
-    """An attribute, which may be a property that fails."""
-    try:
-        return getattr(plugin, attribute)
-    except Exception as error:
-        raise PluginError(f"{who}: {attribute} cannot be read: {located(error, plugin)}") from error

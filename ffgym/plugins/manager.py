@@ -11,11 +11,14 @@ from pydantic import ValidationError
 from ffgym.config.refusals import config_error
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import discovery
-from ffgym.plugins.bases import Plugin, PluginConfig
+from ffgym.plugins.bases import Agent, Plugin, PluginConfig
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, located, providers
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
 from ffgym.types import PluginRecord
+
+COUNTS = {"slope_episodes": 0, "least_episodes": 1, "update_episodes": 1, "recommendations": 0}
+"""Attributes of an agent that are whole numbers, and the least that each may be."""
 
 
 def names(kind: PluginKind) -> dict[str, str]:
@@ -63,7 +66,8 @@ def get_class(kind: PluginKind, name: str) -> Any:
     offers = providers(kind, name)
     if len(offers) > 1:
         raise PluginError(
-            discovery.conflict(offers),
+            f"{len(offers)} installed packages provide {kind} {name!r}, so none of them is used: "
+            + " and ".join(str(offer.package) for offer in offers),
             hint=f"Uninstall one, or load only the plugins you want: {ENVIRONMENT_VARIABLE}=a,b (empty for none).",
         )
     if not offers:
@@ -86,17 +90,21 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
     config = validated(kind, cls, options or {})
     try:
         plugin = cls(config)
+        if isinstance(plugin, Agent):
+            _check_counts(plugin)
     except FFGymError:
         raise
     except Exception as error:
         raise PluginError(f"{described(cls)} could not be created: {located(error, cls)}") from error
-    if not hasattr(plugin, "config"):
-        raise PluginError(
-            f"{described(cls)}: its __init__ does not call that of its base class, which keeps the options",
-            hint="Take config=None, and begin with super().__init__(config).",
-        )
-    discovery.check_attributes(kind, name, plugin)
     return plugin
+
+
+def _check_counts(agent: Agent) -> None:
+    """Refuse impossible numbers, which a search would take for its size and its cost."""
+    for attribute, least in COUNTS.items():
+        value = getattr(agent, attribute)
+        if (attribute, value) != ("update_episodes", None) and not (isinstance(value, int) and value >= least):
+            raise PluginError(f"{described(agent)}: {attribute} is {value!r}, not a whole number from {least}")
 
 
 def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -> PluginConfig:

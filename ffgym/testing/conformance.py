@@ -11,8 +11,14 @@ Every test is a promise that ffgym relies on; its failure message says which.
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+import posixpath
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -23,21 +29,49 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from ffgym.config.tables import table_model
 from ffgym.costs.resource import Costs, Resource, costs_of, resource_named, standard_resources
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import register
 from ffgym.models.walk import Walk
-from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, Reward
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
-from ffgym.plugins.discovery import check_attributes, check_class
-from ffgym.plugins.kinds import PluginKind
+from ffgym.plugins.discovery import check_class
+from ffgym.plugins.kinds import KINDS, PluginKind, imported
 from ffgym.prepare.parts import check_distinct
 from ffgym.search.policy import policy_text
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
+
+STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_gradient"})
+"""What a criterion or a heuristic may need."""
+
+MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
+"""What a reward may need beside the losses."""
+
+FOLLOWED = ("loss", "kl", "reverse_kl", None)
+"""What a reward may fall with."""
+
+WITHOUT_OPTIONS = ("calibration", "corpus", "family", "metric", "resource")
+"""Kinds that no table or command holds options of."""
+
+TYPES: dict[type, Any] = {
+    bool: bool,
+    int: int,
+    str: str,
+    float: (int, float),
+    tuple: (tuple, list),
+    frozenset: (set, frozenset),
+    dict: Mapping,
+}
+"""What an attribute must be, by the type of the base class's value."""
+
+METRIC_NAME = re.compile(r"\w[\w\-.:/ ]{,199}", re.ASCII)
+"""What MLflow takes as the name of a metric."""
 
 
 class PluginConformance(ABC):
@@ -47,12 +81,55 @@ class PluginConformance(ABC):
     def make(self) -> Plugin:
         """Make a fresh instance of the plugin under test."""
 
-    def test_is_accepted(self) -> None:
-        """Nothing that ffgym refuses when it finds or makes a plugin: its name, options, `needs` and numbers."""
+    def test_has_a_name(self) -> None:
+        """Names become keys, folders and file names."""
         plugin = self.make()
-        kind = cast("PluginKind", plugin.kind)
-        check_class(kind, type(plugin))
-        check_attributes(kind, plugin.name, plugin)
+        check_class(cast("PluginKind", plugin.kind), type(plugin))
+        means_none = plugin.kind in ("heuristic", "recovery") and plugin.name == "none"
+        assert not means_none, "a configuration that names it means none"
+
+    def test_its_options_can_be_given(self) -> None:
+        """The fields of ``Config`` are new keys of the plugin's table, and their defaults are of their types."""
+        plugin = self.make()
+        config, table = type(plugin).Config, KINDS[cast("PluginKind", plugin.kind)].table
+        assert issubclass(config, PluginConfig), "Config is not a subclass of ffgym.PluginConfig"
+        assert not (plugin.kind in WITHOUT_OPTIONS and config.model_fields), f"no {plugin.kind} can be given options"
+        taken = config.model_fields.keys() & {"name", *(table_model(table).model_fields if table else ())}
+        assert not taken, f"its table has these keys already: {taken}"
+        try:
+            config()
+        except ValidationError as error:
+            if wrong := [item for item in error.errors() if item["type"] != "missing"]:
+                pytest.fail(f"a default is wrong: {wrong}")
+
+    def test_its_methods_take_what_ffgym_passes(self) -> None:
+        """A method has the parameters of its base class's, with the same names where they are passed by name."""
+        plugin = self.make()
+        base = imported(KINDS[cast("PluginKind", plugin.kind)].base)
+        for name, method in inspect.getmembers(base, inspect.isfunction):
+            if name.startswith("_") and name not in ("__init__", "__call__"):
+                continue
+            asked = inspect.signature(method).parameters.values()
+            by_name = {each.name: None for each in asked if each.kind is each.KEYWORD_ONLY}
+            try:
+                own = inspect.signature(getattr(type(plugin), name))
+                own.bind(*[None] * (len(asked) - len(by_name)), **by_name)
+            except TypeError as error:
+                pytest.fail(f"ffgym calls {name}{inspect.signature(method)}: {error}")
+
+    def test_its_attributes_have_their_types(self) -> None:
+        """Those of its base class, on the class or set in ``__init__``; a tuple of one name ends in a comma."""
+        plugin = self.make()
+        base = imported(KINDS[cast("PluginKind", plugin.kind)].base)
+        for name in (name for name in dir(base) if not name.startswith("_")):
+            value, default = getattr(plugin, name), getattr(base, name)
+            if type(default) not in TYPES or (name, value) == ("kv_heads", None):
+                continue
+            expected = TYPES[type(default)]
+            assert isinstance(value, expected), f"{name} is {value!r}, not of type {type(default).__name__}"
+            if isinstance(value, tuple | list):
+                assert all(isinstance(each, str) for each in value), f"{name} is {value!r}, not names"
+        assert plugin.edition >= 1, "editions count from 1"
 
     def test_config_refuses_unknown_keys(self) -> None:
         """A typing error in the TOML is an error, not a silent default."""
@@ -89,8 +166,15 @@ class CriterionConformance(PluginConformance):
         return scores.sum(dim=0) if scores.ndim == 2 else scores
 
     def test_scores_keep_the_contract(self) -> None:
-        """Right shape, finite, weight untouched, nothing read that ``needs`` does not name."""
+        """Right shape, finite, nothing read that ``needs`` does not name."""
+        assert self.make().needs <= STATISTICS, f"statistics are {sorted(STATISTICS)}"
         self.channel_scores(self.weight(), self.stats())
+
+    def test_leaves_what_it_is_given_unchanged(self) -> None:
+        """Weight and statistics are the run's own."""
+        weight, stats = self.weight(), self.stats()
+        with unchanged(weight, stats):
+            self.make().score(weight, stats)
 
     def test_same_input_same_scores(self) -> None:
         """Bit-equal, whatever the global random state."""
@@ -118,7 +202,14 @@ class HeuristicConformance(PluginConformance):
     @pytest.mark.parametrize("layers", [1, 4, 30])
     def test_importances_keep_the_contract(self, layers: int) -> None:
         """Shape (2L,), finite, in [-1, 1], also for a model with one layer."""
+        assert self.make().needs <= STATISTICS, f"statistics are {sorted(STATISTICS)}"
         check_importance(self.make(), toy_views(layers, self.make().needs))
+
+    def test_leaves_what_it_is_given_unchanged(self) -> None:
+        """Weights and statistics are the run's own."""
+        views = toy_views(4, self.make().needs)
+        with unchanged(*views, *(view.stats for view in views)):
+            self.make().importance(views)
 
     def test_takes_weights_in_bfloat16(self) -> None:
         """Weights are in the model's dtype, which numpy and many of torch's decompositions may not know."""
@@ -168,6 +259,16 @@ class RewardConformance(PluginConformance):
         dense = self.evaluation(3.0)
         named = [check_objectives(self.make(), self.evaluation(loss), dense) for loss in (3.0, 3.5, 100.0)]
         assert len({tuple(objectives) for objectives in named}) == 1, f"the names differ: {named}"
+        check_metric_names(named[0])
+
+    def test_says_what_it_is_made_of(self) -> None:
+        """Measurements that there are, examples to measure them on, a finite ``worst``, and what it falls with."""
+        reward = self.make()
+        assert reward.needs <= MEASUREMENTS, f"measurements are {sorted(MEASUREMENTS)}"
+        assert reward.examples >= 1, "an episode has at least one example"
+        assert math.isfinite(reward.worst), "worst is a finite number: it is a reward, too"
+        assert reward.falls_with in FOLLOWED, f"falls_with is one of {FOLLOWED}"
+        assert reward.falls_with in (None, "loss", *reward.needs), "falls_with is a divergence that needs does not name"
 
     def test_finite_for_every_finite_loss(self) -> None:
         """Also for a broken model: nats per token far beyond the vocabulary's logarithm. ``worst`` is the floor."""
@@ -201,6 +302,16 @@ class ResourceConformance(PluginConformance):
         """Finite numbers, 0 or more, that rise with the units kept, and not all of them 0."""
         for family in self.families:
             self.costs(family)
+
+    def test_leaves_the_model_unchanged(self) -> None:
+        """The run goes on with it: the same weights, in eval mode."""
+        for family in self.families:
+            model, expected = tiny_model(family), tiny_model(family).state_dict()
+            costs_of(self.make(), model, context=64)
+            weights = model.state_dict()
+            assert weights.keys() == expected.keys(), "it changed the model's parts"
+            assert all(torch.equal(weights[name], expected[name]) for name in weights), "it changed the model's weights"
+            assert not any(module.training for module in model.modules()), "it left the model in training mode"
 
     def test_its_key_and_column_are_new(self) -> None:
         """A table has the columns of the built-in resources beside it."""
@@ -267,6 +378,7 @@ class AgentConformance(PluginConformance):
         for update in updates:
             assert np.ndim(update.rewards) == 1, "rewards have shape (episodes,)"
             assert all(np.isfinite(value) for value in update.diagnostics.values()), "diagnostics are finite numbers"
+            check_metric_names(update.diagnostics)
 
     def test_spends_the_budget(self) -> None:
         """A search goes on until ``tokens_left`` is 0; an agent that does not search may stop earlier."""
@@ -326,11 +438,16 @@ class AgentConformance(PluginConformance):
             np.testing.assert_array_equal(ours, theirs, err_msg="it recommends otherwise")
 
 
-class FamilyConformance:
+class FamilyConformance(PluginConformance):
     """What a family promises of its tiny model: set ``family`` to its name, with the package that has it installed."""
 
     family: ClassVar[str]
     ids: ClassVar[torch.Tensor] = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def make(self) -> Plugin:
+        """The installed family."""
+        family: Plugin = manager.create("family", self.family)
+        return family
 
     def test_order_of_units_does_not_matter(self) -> None:
         """Sorting units by their scores leaves the function as it was."""
@@ -401,6 +518,23 @@ class FamilyConformance:
         """A share of the units of every sublayer; the first attention keeps one, as always."""
         first, *others = (int(share * units) for units in prunable.dense_units)
         return (max(1, first), *others)
+
+
+@contextmanager
+def unchanged(*given: Any) -> Iterator[None]:
+    """Fail where the block changes a tensor in place: one that is given, or an attribute of what is given."""
+    lent = [tensor for each in given for tensor in ([each] if torch.is_tensor(each) else vars(each).values())]
+    before = [(tensor, tensor.clone()) for tensor in lent if torch.is_tensor(tensor)]
+    yield
+    for tensor, copy in before:
+        assert torch.equal(tensor, copy), "it changed a tensor that it was given in place: compute into a new one"
+
+
+def check_metric_names(names: Iterable[str]) -> None:
+    """Fail where MLflow would refuse a name."""
+    for name in names:
+        fits = METRIC_NAME.fullmatch(name) and posixpath.normpath(name) == name
+        assert fits, f"MLflow refuses the name {name!r}: use letters, digits, spaces and _ - . : / after the first"
 
 
 def _witnessed(env: ToyEnv) -> list[tuple[np.ndarray, np.ndarray]]:

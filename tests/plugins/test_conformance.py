@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 
 from ffgym.agents.evolution import Evolution
 from ffgym.agents.random_search import RandomSearch
+from ffgym.costs.params import Params
 from ffgym.criteria.magnitude import Magnitude
 from ffgym.errors import PluginError
 from ffgym.heuristics.uniform import Uniform
+from ffgym.measure.metrics import Loss
+from ffgym.models.built_in_families import Llama
 from ffgym.plugins.bases import OnUpdate, Plugin, PluginConfig
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.conformance import (
@@ -22,10 +26,11 @@ from ffgym.testing.conformance import (
     CriterionConformance,
     HeuristicConformance,
     PluginConformance,
+    ResourceConformance,
     RewardConformance,
 )
 from ffgym.testing.toys import QuadraticEnv, RuggedEnv, SeparableEnv, ToyEnv, toy_views
-from ffgym.types import LayerStats, Update
+from ffgym.types import LayerStats, SublayerView, Update
 
 
 def unconfigured(self: Evolution, config: PluginConfig | None = None) -> None:
@@ -40,6 +45,95 @@ def centred(self: Evolution, observations: np.ndarray, actions: np.ndarray, rewa
 
 class Lax(PluginConfig, extra="ignore"):
     """Options that nobody checks."""
+
+
+class Named(PluginConfig):
+    """An option that would be taken for the plugin's name."""
+
+    name: str = "me"
+
+
+class Price(PluginConfig):
+    """An option that is right for most kinds."""
+
+    price: float = 2.0
+
+
+class Mistyped(PluginConfig):
+    """A default that is no number."""
+
+    power: float = "two"  # type: ignore[assignment]
+
+
+def clears_statistics(self: Magnitude, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
+    assert stats.square is not None
+    stats.square.data.zero_()
+    return weight
+
+
+def clears_weights(self: Uniform, views: Sequence[SublayerView]) -> np.ndarray:
+    views[2].weight.numpy().fill(0)
+    return np.zeros(len(views))
+
+
+ILL_WRITTEN: dict[type[Plugin], list[tuple[str, dict[str, Any]]]] = {
+    Magnitude: [
+        ("test_has_a_name", {"name": "a/b"}),
+        ("test_its_options_can_be_given", {"Config": dict}),
+        ("test_its_options_can_be_given", {"Config": Named}),
+        ("test_its_options_can_be_given", {"Config": Mistyped, "__init__": lambda self, config=None: None}),
+        ("test_its_methods_take_what_ffgym_passes", {"score": lambda self, weight: weight}),
+        ("test_its_attributes_have_their_types", {"needs": "square"}),
+        ("test_its_attributes_have_their_types", {"edition": "new"}),
+        ("test_its_attributes_have_their_types", {"edition": 0}),
+        ("test_scores_keep_the_contract", {"needs": frozenset({"sqare"})}),
+        ("test_leaves_what_it_is_given_unchanged", {"needs": frozenset({"square"}), "score": clears_statistics}),
+    ],
+    Uniform: [
+        ("test_has_a_name", {"name": "none"}),
+        ("test_leaves_what_it_is_given_unchanged", {"importance": clears_weights}),
+    ],
+    Perplexity: [
+        ("test_its_attributes_have_their_types", {"tasks": "arc_easy"}),
+        ("test_says_what_it_is_made_of", {"needs": frozenset({"KL"})}),
+        ("test_says_what_it_is_made_of", {"examples": 0}),
+        ("test_says_what_it_is_made_of", {"worst": -math.inf}),
+        ("test_says_what_it_is_made_of", {"falls_with": "KL"}),
+        ("test_says_what_it_is_made_of", {"falls_with": "kl"}),  # which it does not need
+        (
+            "test_objectives_have_fixed_names_and_finite_values",
+            {"objectives": lambda self, pruned, dense: {"ratio (%)": 1.0}},
+        ),
+    ],
+    Evolution: [("test_reports_every_update", {"tell": lambda self, *_: {"a/../b": 1.0}})],
+    Params: [
+        ("test_leaves_the_model_unchanged", {"rest": lambda self, model, _: model.lm_head.weight.data.zero_().numel()}),
+        ("test_leaves_the_model_unchanged", {"rest": lambda self, model, _: len(list(model.train().children()))}),
+    ],
+    Loss: [
+        ("test_its_options_can_be_given", {"Config": Price}),  # a metric has none
+        ("test_its_methods_take_what_ffgym_passes", {"scores": lambda self, model, tokenizer, *, limit: []}),
+    ],
+    Llama: [("test_its_attributes_have_their_types", {"mlp_producers": "mlp.up_proj"})],
+}
+SUITES: dict[type[Plugin], type[PluginConformance]] = {
+    Magnitude: CriterionConformance,
+    Uniform: HeuristicConformance,
+    Perplexity: RewardConformance,
+    Evolution: AgentConformance,
+    Params: ResourceConformance,
+}
+
+
+@pytest.mark.parametrize(
+    ("base", "test", "members"),
+    [(base, test, members) for base, cases in ILL_WRITTEN.items() for test, members in cases],
+)
+def test_what_is_ill_written_is_caught(base: type[Plugin], test: str, members: dict[str, Any]) -> None:
+    plugin = type("Broken", (base,), {"name": "broken", **members})
+    suite = type("Suite", (SUITES.get(base, PluginConformance),), {"make": lambda self: plugin()})()
+    with pytest.raises((AssertionError, PluginError, pytest.fail.Exception)):
+        getattr(suite, test)()
 
 
 BROKEN: dict[type[PluginConformance], tuple[type[Plugin], dict[str, dict[str, Any]]]] = {
@@ -58,7 +152,6 @@ BROKEN: dict[type[PluginConformance], tuple[type[Plugin], dict[str, dict[str, An
     CriterionConformance: (
         Magnitude,
         {
-            "test_is_accepted": {"needs": frozenset({"sqare"})},
             "test_config_refuses_unknown_keys": {"Config": Lax},
             "test_scores_keep_the_contract": {"score": lambda self, weight, stats: stats.square},  # not asked for
             "test_same_input_same_scores": {"score": lambda self, weight, stats: torch.rand(weight.shape[1])},

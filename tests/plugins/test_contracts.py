@@ -25,8 +25,6 @@ from ffgym.plugins.contracts import (
     check_scores,
     check_state,
 )
-from ffgym.plugins.discovery import check_attributes
-from ffgym.rewards.perplexity import Perplexity
 from ffgym.testing.toys import toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
 
@@ -190,40 +188,6 @@ def test_a_heuristic_that_changes_what_it_was_lent_is_found_out(given: str) -> N
 def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
     with pytest.raises(PluginError, match=r"reward 'number' .* returned -2, less than its worst = 0"):
         check_reward(number(-2.0), PRUNED, DENSE)
-
-
-@pytest.mark.parametrize(
-    ("attribute", "value", "said"),
-    [
-        ("tasks", "arc_easy", "tasks is 'arc_easy', not a tuple of names"),
-        ("examples", 0, "examples is 0, not a whole number from 1"),
-        ("needs", frozenset({"KL"}), r"needs unknown measurements \['KL'\]"),
-        ("worst", -math.inf, "worst is -inf, not a finite number"),
-    ],
-)
-def test_what_a_reward_wants_measured_is_checked(attribute: str, value: Any, said: str) -> None:
-    reward = number(1.0)
-    check_attributes("reward", "number", reward)
-    setattr(reward, attribute, value)
-    with pytest.raises(PluginError, match=f"reward 'number'.*{said}"):
-        check_attributes("reward", "number", reward)
-
-
-def test_what_a_reward_falls_with_is_checked() -> None:
-    class Typo(Perplexity):
-        falls_with = "KL"
-
-    with pytest.raises(PluginError, match=r"reward 'typo': falls_with is 'KL', not one of 'loss', 'kl', 'reverse_kl'"):
-        check_attributes("reward", "typo", Typo())
-
-
-def test_a_reward_that_falls_with_a_divergence_asks_for_it() -> None:
-    class Unasked(Perplexity):
-        falls_with = "kl"
-
-    with pytest.raises(PluginError, match="reward 'unasked': falls_with is 'kl', which is not in its needs"):
-        check_attributes("reward", "unasked", Unasked())
-    check_attributes("reward", "asked", type("Asked", (Unasked,), {"needs": frozenset({"kl"})})())
 
 
 @pytest.mark.parametrize(

@@ -115,55 +115,10 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         ("import sys\nsys.exit(3)", "SystemExit: 3"),
         ("def f(:", "SyntaxError"),
         ("x = 1", "implements no hook"),
-        (HOOK + "7", "not a list of classes"),
-        (HOOK + "None", "ffgym_criteria returned None, not a list of classes"),
+        (HOOK + "7", "TypeError: 'int' object is not iterable"),
         (HOOK + "[int]", "not a subclass of ffgym.Criterion"),
-        (HOOK + "[ffgym.Criterion]", "does not define score"),
         (offering("Criterion", "'score': 1"), "name is None"),
         (offering("Criterion", "'score': 1, 'name': 'a/b'"), "name is 'a/b', not lower-case letters"),
-        (offering("Criterion", "'score': 1, 'name': 'a', 'needs': {'sqare'}"), "sqare"),
-        (offering("Criterion", "'score': 1, 'name': 'a', 'needs': 'square'"), "needs is 'square', not a frozenset"),
-        (offering("Criterion", "'score': 1, 'name': 'a', 'edition': 'new'"), "edition is 'new', not a whole number"),
-        (offering("Criterion", "'score': 1, 'name': 'a', 'Config': dict"), "PluginConfig"),
-        (
-            offering("Criterion", "'score': 1, 'name': 'a', 'Config': Config").replace(
-                "\n", "\nclass Config(ffgym.PluginConfig): name: str\n", 1
-            ),
-            "criterion 'a': its Config has an option 'name'",
-        ),
-        (
-            offering("Criterion", "'score': 1, 'name': 'a', 'Config': Config").replace(
-                "\n", "\nclass Config(ffgym.PluginConfig): floor: float; power: float = 'two'\n", 1
-            ),
-            "criterion 'a': its Config's default of power is 'two': should be a valid number",
-        ),
-        (
-            offering("Metric", "'scores': 1, 'name': 'a', 'Config': Config").replace(
-                "\n", "\nclass Config(ffgym.PluginConfig): price: float = 2.0\n", 1
-            ),
-            "metric 'a': its Config has options, and no metric can be given any",
-        ),
-        (
-            offering("Criterion", "'score': lambda self, w: w, 'name': 'a'"),
-            "criterion 'a' defines score(self, w), and ffgym calls score(self, weight, stats)",
-        ),
-        (
-            offering("Criterion", "'__init__': lambda self: None, 'score': 1, 'name': 'a'"),
-            "criterion 'a' defines __init__(self), and ffgym calls __init__(self, config=None)",
-        ),
-        (
-            offering("Metric", "'scores': lambda self, model, tokenizer, *, limit: [], 'name': 'a'"),
-            "and ffgym calls scores(self, model, tokenizer, *, limit, on_progress)",
-        ),
-        (
-            offering("Reward", "'__call__': 1, 'name': 'a', 'worst': float('-inf')"),
-            "reward 'a': worst is -inf, not a finite number",
-        ),
-        (
-            offering("Family", "'name': 'a', 'mlp_producers': 'mlp.up_proj'"),
-            "family 'a': mlp_producers is 'mlp.up_proj', not a tuple of names",
-        ),
-        (offering("Heuristic", "'importance': 1, 'name': 'none'"), "cannot be called 'none'"),
         (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
         (HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]", "unknown hook 'ffgym_criterions' in plugin"),
     ],
@@ -201,8 +156,6 @@ def test_two_packages_with_one_name_are_refused_naming_both(install: Install) ->
         PluginError, match=r"2 installed packages provide criterion 'mine'.*acme-one 1\.0 and acme-two 1\.0"
     ):
         manager.get_class("criterion", "mine")
-    assert "mine" not in manager.names("criterion")
-    assert "acme-two 1.0" in str(record("acme-one").failure)
     assert manager.create("criterion", "wanda").name == "wanda"
 
 
@@ -230,7 +183,6 @@ def test_an_entry_point_that_is_called_like_the_plugin_wins_over_others(install:
     assert str(manager.package_of(manager.get_class("criterion", "acme-one-entry"))) == "acme-one 1.0"
     assert "acme-one-entry" in manager.names("criterion")
     assert record("acme-one").failure is None
-    assert "provided by acme-one 1.0" in str(record("acme-two").failure)
 
 
 def test_plugins_are_imported_when_a_name_of_theirs_or_a_listing_is_asked_for(install: Install) -> None:
@@ -312,25 +264,16 @@ def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install
 
 @pytest.mark.parametrize("attribute", ["slope_episodes", "least_episodes", "recommendations"])
 def test_a_number_of_episodes_may_be_a_property(install: Install, attribute: str) -> None:
-    members = f"'name': 'mine', 'learn': lambda self, env, *, seed, on_update: 0, '{attribute}': property({{}})"
+    learn = "'learn': lambda self, env, *, seed, on_update: 0"
+    members = f"'name': 'mine', '__module__': __name__, {learn}, '{attribute}': property({{}})"
     install("acme-mine", offering("Agent", members.format("lambda self: 2")))
     assert getattr(manager.create("agent", "mine"), attribute) == 2
     install("acme-none", offering("Agent", members.replace("mine", "none").format("lambda self: -1")))
     with pytest.raises(PluginError, match=rf"agent 'none' \(package .*\): {attribute} is -1, not a whole number from"):
         manager.create("agent", "none")
-
-
-@pytest.mark.parametrize(
-    ("base", "members", "said"),
-    [
-        ("Criterion", "'score': 1, 'needs': property(lambda self: 1 / 0)", "needs cannot be read: ZeroDivisionError"),
-        ("Reward", "'__call__': 1, 'tasks': property(lambda self: self.nope)", "tasks cannot be read: AttributeError"),
-    ],
-)
-def test_a_property_that_fails_names_the_plugin(install: Install, base: str, members: str, said: str) -> None:
-    install("acme-mine", offering(base, f"'name': 'mine', '__module__': __name__, {members}"))
-    with pytest.raises(PluginError, match=rf"{base.lower()} 'mine' \(package .*\): {said}.*acme_mine\.py, line \d"):
-        manager.create(base.lower(), "mine")  # type: ignore[arg-type]
+    install("acme-slip", offering("Agent", members.replace("mine", "slip").format("lambda self: 1 / 0")))
+    with pytest.raises(PluginError, match=r"agent 'slip' \(package .*ZeroDivisionError: .*acme_slip\.py, line \d+"):
+        manager.create("agent", "slip")
 
 
 @pytest.mark.parametrize(
@@ -432,12 +375,6 @@ def test_constructor_that_fails_names_the_plugin(install: Install) -> None:
         PluginError,
         match=r"criterion 'mine' \(package acme-mine 1\.0\) could not be created: .*acme_mine\.py, line \d+",
     ):
-        manager.create("criterion", "mine", {"floor": 1.0})
-
-
-def test_a_constructor_that_forgets_its_base_class_is_named(install: Install) -> None:
-    install("acme-mine", CRITERION.format(name="mine") + "\nMine.__init__ = lambda self, config: None\n")
-    with pytest.raises(PluginError, match=r"criterion 'mine' .*__init__ does not call that of its base class"):
         manager.create("criterion", "mine", {"floor": 1.0})
 
 
