@@ -164,13 +164,13 @@ def costs_of(
     """What a dense causal LM costs in a resource; see `Resource.measure` for the arguments.
 
     Raises:
-        PluginError: a third party's resource failed or changed the model, or its costs are invalid.
+        PluginError: the resource failed, or its costs are invalid.
         BudgetError, ConfigError: a built-in refuses the model or the file.
     """
     import numpy as np
 
     from ffgym.models.families import family_of
-    from ffgym.plugins.contracts import call_plugin, call_with_model
+    from ffgym.plugins.contracts import call_plugin
     from ffgym.plugins.manager import described
     from ffgym.pruning.budget import check_tables
 
@@ -189,7 +189,7 @@ def costs_of(
         tables = [np.arange(s.units + 1) * price for s, price in zip(sublayers, prices, strict=True)]
         return Costs(tables, resource.rest(model, setting))
 
-    costs = call_with_model(resource, model, ask, "saying what units cost")
+    costs = call_plugin(resource, ask, "saying what units cost")
     expected = Measurement if resource.is_measured() else type(None)
     if not isinstance(costs, Costs) or not isinstance(costs.measurement, expected):
         raise PluginError(f"{who}: measure returned no Costs with a measurement")

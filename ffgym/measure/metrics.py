@@ -12,7 +12,7 @@ from ffgym.errors import PluginError
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Plugin
 from ffgym.plugins.built_ins import BUILTINS
-from ffgym.plugins.contracts import as_number, call_with_model
+from ffgym.plugins.contracts import as_number, call_plugin
 from ffgym.types import OnStep
 
 CHECKED_TOKENS = 16
@@ -64,7 +64,7 @@ def score(metric: Metric, model: Any, tokenizer: Any, limit: int | None, on_prog
     """Let a metric score a model.
 
     Raises:
-        PluginError: it raised, changed the model, or returned no numbers, more than ``limit``, or, of a model whose
+        PluginError: it raised, or returned no numbers, more than ``limit``, or, of a model whose
             logits are finite, numbers that are not.
     """
 
@@ -72,7 +72,7 @@ def score(metric: Metric, model: Any, tokenizer: Any, limit: int | None, on_prog
         scores = metric.scores(model, tokenizer, limit=limit, on_progress=on_progress)
         return list(scores) if isinstance(scores, Iterator) else scores  # a generator has not run before
 
-    answer = call_with_model(metric, model, call, "scoring a model")
+    answer = call_plugin(metric, call, "scoring a model")
     who = f"{manager.described(metric)}: scores returned"
     try:
         scores = [as_number(each) for each in answer]

@@ -313,8 +313,6 @@ class BatchAgent(Agent):
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Ask, step, tell, until the environment's token budget is spent."""
-        from ffgym.plugins.contracts import check_asked
-
         self.check_updates(env.num_envs)
         self.units, self.coarse = getattr(env, "units", None), getattr(env, "coarse", None)
         dimensions = env.single_action_space.shape[0]
@@ -326,7 +324,6 @@ class BatchAgent(Agent):
         while env.tokens_left > 0:
             self.progress = 1.0 - env.tokens_left / tokens
             actions = self.ask(observations)
-            check_asked(self, actions, (env.num_envs, dimensions))
             env.slope_episodes = self.slope_episodes
             following, rewards, _, _, infos = env.step(actions)
             final = infos.get("final_info", {})

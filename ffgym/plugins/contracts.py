@@ -5,9 +5,8 @@ A broken contract is a `PluginError` that names the plugin, its package, and wha
 
 from __future__ import annotations
 
+import json
 import math
-import posixpath
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from numbers import Integral
@@ -17,7 +16,7 @@ from ffgym.errors import FFGymError, ModelError, PluginError, is_out_of_memory
 from ffgym.plugins.bases import Agent, Criterion, Heuristic, Plugin, Reward
 from ffgym.plugins.discovery import located
 from ffgym.plugins.manager import described, is_built_in
-from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView, Update
+from ffgym.types import Evaluation, JSONDict, LayerStats, Sublayer, SublayerView, Update
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,13 +30,11 @@ THEIR_DEFECT = (
 )
 FINGERPRINT_PART = 1 << 22  # numbers whose bits are summed at once
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
-CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every step, index from 0."
-METRIC_NAME = re.compile(r"\w[\w\-.:/ ]*", re.ASCII)  # what MLflow takes, and no folder up or empty one in it
-METRIC_CHARACTERS = 200
-METRIC_HINT = (
-    "Use letters, digits, spaces, and any of _ - . : / after the first character, at most "
-    f"{METRIC_CHARACTERS} of them, and no empty part, . or .. between slashes."
+STATE_HINT = (
+    "A state is a dict of finite numbers, text, arrays, lists and dicts with text as keys. Once the plugin is mended,"
+    " `ffgym run --resume` goes on."
 )
+CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every step, index from 0."
 
 
 def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, sublayer: Sublayer) -> torch.Tensor:
@@ -56,7 +53,7 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     before = {name: fingerprint(tensor) for name, tensor in given.items()}
     doing = f"scoring {sublayer.name}"
     with torch.no_grad():
-        scores = call_plugin(criterion, lambda: criterion.score(weight, stats), doing, hint=_missing(stats))
+        scores = call_plugin(criterion, lambda: criterion.score(weight, stats), doing)
     where = f"{described(criterion)}, {sublayer.name}"
     m, n = weight.shape
     check_unchanged(f"{where}: score", given, before)
@@ -84,13 +81,6 @@ def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
     import torch
 
     return {name: value for name, value in vars(stats).items() if torch.is_tensor(value)}
-
-
-def _missing(given: LayerStats | Evaluation) -> str | None:
-    """A hint for a plugin that failed, in case it used what it had not asked for."""
-    names = {"kls": "kl", "reverse_kls": "reverse_kl", "costs": "cost"}  # in `needs`, of fields of an evaluation
-    absent = [names.get(name, name) for name, value in vars(given).items() if value is None and name != "slopes"]
-    return f"Not asked for, so None: {', '.join(absent)}. Name what is used in `needs`." if absent else None
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
@@ -121,41 +111,6 @@ def check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping
             )
 
 
-def call_with_model(plugin: Plugin, model: Any, call: Callable[[], Result], doing: str) -> Result:
-    """As `call_plugin`, for a plugin that is given a model which others still use.
-
-    Raises:
-        PluginError: it raised, or left the model in another state. A built-in is not watched: that takes two passes
-            over all weights.
-    """
-    if is_built_in(plugin):
-        return call_plugin(plugin, call, doing)
-    then, before = _state(model), {name: fingerprint(weight) for name, weight in _weights(model).items()}
-    answer = call_plugin(plugin, call, doing)
-    now = _state(model)
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            raise PluginError(
-                f"{described(plugin)} changed the model it was given, which others still use: {name} was "
-                f"{then.get(name, 'not there')} and is {now.get(name, 'gone')}",
-                hint="Put the model back as it was, or change a copy: copy.deepcopy(model).",
-            )
-    check_unchanged(described(plugin), _weights(model), before)
-    return answer
-
-
-def _state(model: Any) -> dict[str, str]:
-    """What each part of a model is, e.g. ``"a Linear in eval mode"``, ``"torch.float32 on cpu"``."""
-    modules = {f"model.{name}".rstrip("."): module for name, module in model.named_modules()}
-    kinds = {n: f"a {type(m).__name__} in {'training' if m.training else 'eval'} mode" for n, m in modules.items()}
-    return kinds | {f"model.{name}": f"{p.dtype} on {p.device}" for name, p in model.named_parameters()}
-
-
-def _weights(model: Any) -> dict[str, torch.Tensor]:
-    """What of a model can be changed in place: layers that are read from the disk cannot."""
-    return {f"{name} of the model": p for name, p in model.named_parameters() if not p.is_meta}
-
-
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
     """Let a heuristic give its importances for 2L views.
 
@@ -175,8 +130,7 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
         for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
     }
     before = {name: fingerprint(tensor) for name, tensor in given.items()}
-    hint = _missing(sublayers[0].stats) if sublayers else None
-    answer: Any = call_plugin(heuristic, lambda: heuristic.importance(sublayers), "giving importances", hint=hint)
+    answer: Any = call_plugin(heuristic, lambda: heuristic.importance(sublayers), "giving importances")
     where = described(heuristic)
     check_unchanged(f"{where}: importance", given, before)
     try:
@@ -203,7 +157,7 @@ def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float
     Raises:
         PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
     """
-    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward", hint=_missing(pruned))
+    value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward")
     try:
         number = as_number(value)
     except (TypeError, ValueError):
@@ -240,14 +194,11 @@ def check_objectives(
     Raises:
         PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
     """
-    hint = _missing(pruned)
-    answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives", hint=hint)
+    answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
     try:
         numbers = {str(name): as_number(value) for name, value in answer.items()}
     except (AttributeError, TypeError, ValueError):
         raise PluginError(f"{described(reward)}: objectives returned {answer!r}, not numbers by name") from None
-    if wrong := [name for name in numbers if not _can_be_logged(name)]:
-        raise PluginError(f"{described(reward)}: an objective is called {wrong[0]!r}", hint=METRIC_HINT)
     if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
         raise PluginError(f"{described(reward)}: objective {wrong[0]} is {numbers[wrong[0]]}, not finite")
     if names is not None and set(names) != set(numbers):
@@ -277,18 +228,6 @@ def check_actions(actions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return np.asarray(np.clip(array, -1, 1), dtype=np.float32)
 
 
-def check_asked(agent: Agent, actions: Any, shape: tuple[int, int]) -> None:
-    """Raise ``PluginError`` where the ``ask`` of an agent returned no actions; arguments as `check_actions`."""
-    returned = f"{described(agent)}: ask returned"
-    if not hasattr(actions, "__len__"):
-        raise PluginError(f"{returned} {type(actions).__name__}, not an array")
-    try:
-        check_actions(actions, shape)
-    except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
-        hint = "Return a row of importances for every episode; np.clip(actions, -1, 1) keeps them in their range."
-        raise PluginError(f"{returned} unusable importances: {error}", hint=hint) from None
-
-
 def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int) -> list[np.ndarray]:
     """Let an agent recommend importances for ``sublayers`` sublayers.
 
@@ -315,40 +254,20 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
     return actions
 
 
-def check_state(agent: Agent) -> dict[str, Any]:
-    """Let an agent give its state, which is stored as JSON; an empty one where it has none.
+def check_state(agent: Agent) -> JSONDict:
+    """Let an agent give its state, as plain data, arrays as lists; an empty one where it has none.
 
     Raises:
-        PluginError: it raised, or the state holds something else than finite numbers, text, arrays, lists and dicts.
+        PluginError: it raised, or the state holds something that JSON cannot.
     """
-    state: Any = call_plugin(agent, agent.state, "giving its state")
-    state = {} if state is None else state
-    wrong = _no_plain_data(state, "state") if isinstance(state, dict) else f"state is a {type(state).__name__}"
-    if wrong:
-        raise PluginError(
-            f"{described(agent)}: {wrong}",
-            hint="A state is a dict of finite numbers, text, arrays, lists and dicts with text as keys. Once the plugin"
-            " is mended, `ffgym run --resume` goes on.",
-        )
-    found: dict[str, Any] = state
-    return found
-
-
-def _no_plain_data(value: Any, where: str) -> str | None:
-    """What in a state cannot be stored, e.g. ``"state['rng'] is a Generator"``; ``None`` for nothing."""
-    import numpy as np
-
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, dict):
-        if foreign := [key for key in value if not isinstance(key, str)]:
-            return f"{where} has the key {foreign[0]!r}, not text"
-        return next(filter(None, (_no_plain_data(item, f"{where}[{key!r}]") for key, item in value.items())), None)
-    if isinstance(value, list | tuple):
-        return next(filter(None, (_no_plain_data(item, f"{where}[{i}]") for i, item in enumerate(value))), None)
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{where} is {value}, not finite"
-    return None if isinstance(value, bool | int | float | str | None) else f"{where} is a {type(value).__name__}"
+    state: Any = call_plugin(agent, agent.state, "giving its state") or {}
+    if not isinstance(state, dict):
+        raise PluginError(f"{described(agent)}: its state is a {type(state).__name__}", hint=STATE_HINT)
+    try:
+        plain: JSONDict = json.loads(json.dumps(state, default=lambda array: array.tolist(), allow_nan=False))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PluginError(f"{described(agent)}: its state cannot be stored: {error}", hint=STATE_HINT) from error
+    return plain
 
 
 def update_episodes(agent: Agent, episodes_per_update: int) -> tuple[int, int]:
@@ -395,25 +314,17 @@ def check_update(agent: Agent, update: Update, episodes: int) -> None:
         )
     value: Any
     for name, value in update.diagnostics.items():
-        if not (isinstance(name, str) and _can_be_logged(name)):
-            raise PluginError(f"{where}: a diagnostic is called {name!r}", hint=METRIC_HINT)
         try:
             as_number(value)
         except (TypeError, ValueError):
             raise PluginError(f"{where}: diagnostic {name!r} is {type(value).__name__}, not a number") from None
 
 
-def _can_be_logged(name: str) -> bool:
-    """Whether MLflow takes it as the name of a metric, with or without a prefix."""
-    return len(name) <= METRIC_CHARACTERS and bool(METRIC_NAME.fullmatch(name)) and posixpath.normpath(name) == name
-
-
-def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint: str | None = None) -> Result:
+def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str) -> Result:
     """What a call into a plugin returns.
 
     Args:
         doing: for the message.
-        hint: the next step where another package's plugin failed on a ``None``.
 
     Raises:
         PluginError: it raised, or called ``sys.exit``; an error that a built-in raises on purpose stays as it is.
@@ -427,8 +338,7 @@ def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str, *, hint:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # not the plugin's fault
             raise
-        missing = hint is not None and "None" in str(error) and not is_built_in(plugin)
         raise PluginError(
             f"{described(plugin)} failed while {doing}: {located(error, plugin)}",
-            hint=hint if missing else (OUR_DEFECT if is_built_in(plugin) else THEIR_DEFECT),
+            hint=OUR_DEFECT if is_built_in(plugin) else THEIR_DEFECT,
         ) from error

@@ -78,4 +78,4 @@ def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer]
         "sublayers": [sublayer.name for sublayer in sublayers],
         "state": state,
     }
-    return json.dumps(policy, default=lambda array: array.tolist(), allow_nan=False)
+    return json.dumps(policy)

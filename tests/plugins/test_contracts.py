@@ -151,28 +151,6 @@ def test_an_answer_that_is_refused_once_it_was_given_names_the_file_of_the_plugi
         call_plugin(agent, partial(check_actions, np.full((1, 4), 2.0), (1, 4)), "learning")
 
 
-def test_a_statistic_that_was_not_asked_for_is_the_hint() -> None:
-    forgets = made(Criterion, "forgets", score=lambda self, weight, stats: weight.abs() * stats.square.sqrt())
-    with pytest.raises(PluginError, match="NoneType") as caught:
-        check_scores(forgets, torch.ones(4, 5), LayerStats(mean=torch.ones(5)), SUBLAYER)
-    assert "square" in str(caught.value.hint)
-    assert "`needs`" in str(caught.value.hint)
-    assert "mean" not in str(caught.value.hint)
-
-
-@pytest.mark.parametrize(("check", "said"), [(check_reward, "kl is None"), (check_objectives, "NoneType")])
-def test_a_reward_that_forgot_to_ask_is_told_what_it_did_not_get(check: Callable[..., Any], said: str) -> None:
-    forgets = made(
-        Reward,
-        "forgets",
-        __call__=lambda self, pruned, dense: -pruned.kl,
-        objectives=lambda self, pruned, dense: {"saved": 1 - pruned.costs["kv"] / dense.costs["kv"]},
-    )
-    with pytest.raises(PluginError, match=said) as caught:
-        check(forgets, PRUNED, DENSE)
-    assert "None: kl, reverse_kl, accuracy, cost. Name what is used in `needs`." in str(caught.value.hint)
-
-
 @pytest.mark.parametrize("given", ["weight", "square"])
 def test_a_heuristic_that_changes_what_it_was_lent_is_found_out(given: str) -> None:
     def clear(self: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
@@ -267,13 +245,6 @@ def test_bad_rewards_name_the_plugin(answer: Any, complaint: str) -> None:
     assert "reward 'number' (package" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["ratio (%)", "", "a//b", "a/", "a/../b", "./a", "x" * 201])
-def test_an_objective_that_cannot_be_logged_is_refused_by_name(name: str) -> None:
-    with pytest.raises(PluginError, match="an objective is called") as raised:
-        check_objectives(number(0.0, {name: 1.0}), PRUNED, DENSE)
-    assert "Use letters" in str(raised.value.hint)
-
-
 def test_objectives_come_back_as_python_floats() -> None:
     answer = check_objectives(number(0.0, {"a": np.float32(0.5), "b": 1}), PRUNED, DENSE)
     assert answer == {"a": 0.5, "b": 1.0}
@@ -304,15 +275,14 @@ def test_bad_objectives_name_the_plugin(answer: Any, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("state", "complaint"),
     [
-        ([1.0], "state is a list"),
-        ({1: 2.0}, "state has the key 1, not text"),
-        ({"best": math.nan}, r"state\['best'\] is nan, not finite"),
-        ({"best": [{"at": np.array([1, np.inf])}]}, r"state\['best'\]\[0\]\['at'\]\[1\] is inf, not finite"),
-        ({"rng": np.random.default_rng()}, r"state\['rng'\] is a Generator"),
+        ([1.0], "its state is a list"),
+        ({(1, 2): 2.0}, "its state cannot be stored: keys must be str"),
+        ({"best": [{"at": np.array([1, np.inf])}]}, "its state cannot be stored: Out of range float"),
+        ({"rng": np.random.default_rng()}, "its state cannot be stored: .*Generator"),
         (fail, "failed while giving its state: KeyError"),
     ],
 )
-def test_a_state_that_cannot_be_stored_names_agent_and_place(state: Any, complaint: str) -> None:
+def test_a_state_that_cannot_be_stored_names_the_agent(state: Any, complaint: str) -> None:
     agent = made(Agent, "stateful", learn=None, state=lambda self: answered(state))
     with pytest.raises(PluginError, match=r"agent 'stateful' \(package .*\)" + f".*{complaint}"):
         check_state(agent)
@@ -320,7 +290,8 @@ def test_a_state_that_cannot_be_stored_names_agent_and_place(state: Any, complai
 
 def test_a_state_of_plain_data_passes() -> None:
     state = {"mean": np.zeros(2, np.float32), "step": np.int64(3), "names": ("a", None), "on": True}
-    assert check_state(made(Agent, "stateful", learn=None, state=lambda self: state)) is state
+    plain = {"mean": [0.0, 0.0], "step": 3, "names": ["a", None], "on": True}
+    assert check_state(made(Agent, "stateful", learn=None, state=lambda self: state)) == plain
     assert check_state(made(Agent, "stateless", learn=None, state=lambda self: None)) == {}
 
 

@@ -127,7 +127,6 @@ def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Instal
             "type('Complex', (Shifted,), {'bias_at': lambda self, k: self.weight[:, 0] * 1j})(consumer)",
             r"bias_at\(.*\) has dtype torch\.complex64, not one of floating-point numbers",
         ),
-        ("(consumer.weight.mul_(2), Shifted(consumer))[1]", "changed the weight it was given"),
     ],
 )
 def test_a_broken_calibration_is_named(install: Install, tiny_run: dict[str, Any], path: str, complaint: str) -> None:
@@ -263,10 +262,6 @@ def test_a_metric_is_measured_by_eval(install: Install, tiny_run: dict[str, Any]
         ("(1 / 0 for _ in range(3))", "failed while scoring a model: ZeroDivisionError"),
         ("[1.0] * 9", "returned 9 numbers, more than limit = 3"),
         ("[0.5, float('nan')]", "returned nan for example 2, and the model's logits are finite"),
-        ("[p.data.zero_() for p in model.parameters()] and [1.0]", "changed the .*weight of the model it was given"),
-        ("model.train() and [1.0]", "changed the model .*: model was a .* in eval mode and is a .* in training mode"),
-        ("model.double() and [1.0]", r"weight was torch\.float32 on cpu and is torch\.float64 on cpu"),
-        ("model.set_output_embeddings(None) or [1.0]", r"model\.lm_head was a Linear in eval mode and is gone"),
     ],
 )
 def test_a_broken_metric_is_named(install: Install, tiny_run: dict[str, Any], scores: str, complaint: str) -> None:
