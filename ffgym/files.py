@@ -123,9 +123,9 @@ class FileFormat(Generic[T]):
                 raise self.error(f"{self.what} {str(path)!r} is {what}", hint=self.hint)
             with path.open("rb") as file:
                 yield file
-        except (OSError, ValueError) as error:  # a name that holds a null character is a ValueError
-            said = getattr(error, "strerror", None) or str(error)
-            raise self.error(f"{self.what} {str(path)!r} cannot be read: {said}", hint=self.hint) from error
+        except OSError as error:
+            said = f"cannot be read: {error.strerror or error}"
+            raise self.error(f"{self.what} {str(path)!r} {said}", hint=self.hint) from error
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def parse_toml(text: str) -> dict[str, Any]:
 
     Raises:
         tomllib.TOMLDecodeError: it is malformed.
-        ValueError: it is nested deeper than `DEEPEST`, or holds an integer beyond 64 bits or a null character.
+        ValueError: it is nested deeper than `DEEPEST`, or holds an integer beyond 64 bits.
     """
     if any(line.count(".") > MOST_DOTS for line in text.split("\n")):
         raise ValueError(f"a line with more than {MOST_DOTS} dots")
@@ -150,8 +150,6 @@ def parse_toml(text: str) -> dict[str, Any]:
             pending += [(f"{key}.{name}".lstrip("."), below, depth + 1) for name, below in value.items()]
         elif isinstance(value, list):
             pending += [(key, below, depth + 1) for below in value]
-        elif isinstance(value, str) and "\0" in value:
-            raise ValueError(f"{key} holds a null character")
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{key} is an integer beyond 64 bits")
     return parsed

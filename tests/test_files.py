@@ -78,7 +78,6 @@ class TestFormats:
             ("a = " + "[" * 150 + "]" * 150, "nested more than 100 deep"),
             ("a." * 200 + "a = 1", "nested more than 100 deep"),
             ("a." * 50_000 + "a = 1", "more than 500 dots"),  # which would take all memory
-            ('[data]\nsearch = "a\\u0000b"', r"data\.search holds a null character"),
             ("a = 1\n" * 100_000, "larger than"),
         ],
     )
@@ -87,7 +86,7 @@ class TestFormats:
         with pytest.raises(ConfigError, match=rf"run\.toml is no configuration, or a damaged one: .*{said}"):
             load_config(tmp_path / "run.toml")
 
-    @pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000, "a." * 50_000, '"a\\u0000b"'])
+    @pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000, "a." * 50_000])
     def test_an_override_has_the_same_limits(self, value: str) -> None:
         with pytest.raises(ConfigError):
             load_config(None, [f"data.search={value}"])
@@ -109,10 +108,6 @@ class TestFormats:
         if place != "folder":
             with pytest.raises(ConfigError, match="not a regular file"):
                 read_policy(tmp_path / place, CONFIG.agent.name)
-
-    def test_a_name_that_no_file_can_have_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="cannot be read"):
-            PLAIN.read(tmp_path / "a\0b")
 
 
 def test_what_is_written_in_the_place_of_a_folder_or_a_file_is_whole(tmp_path: Path) -> None:
