@@ -7,7 +7,6 @@ drawn, and draws without a screen. A caller's style changes no picture of ours, 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,16 +49,12 @@ SHARES_KEPT: dict[Kind, str] = {
 }
 
 
-# Styles are global: of two threads, the second to begin would take the first one's for the caller's.
-_ONE_THREAD = threading.RLock()
-
-
 @contextmanager
 def default_style() -> Iterator[None]:
     """Draw and save in matplotlib's default style, which is the caller's own again afterwards."""
     import matplotlib.style
 
-    with _ONE_THREAD, matplotlib.style.context("default"):
+    with matplotlib.style.context("default"):
         yield
 
 

@@ -1,7 +1,6 @@
 import math
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -191,18 +190,6 @@ def test_the_callers_style_changes_no_picture_and_stays_as_it_is(tmp_path, dark_
         draw(tmp_path / "dark.png")
         assert dict(matplotlib.rcParams.copy()) == before
     assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
-
-
-def test_two_threads_draw_and_the_callers_style_stays_as_it_is(tmp_path, dark_style):
-    def draw(number: int) -> bytes:
-        units_kept_figure(SUBLAYERS, {"found": FOUND}, tmp_path / f"{number}.png")
-        return (tmp_path / f"{number}.png").read_bytes()
-
-    with dark_style, ThreadPoolExecutor(2) as pool:
-        before = dict(matplotlib.rcParams.copy())
-        pictures = list(pool.map(draw, range(6)))
-        assert dict(matplotlib.rcParams.copy()) == before
-    assert set(pictures) == {draw(6)}
 
 
 def test_drawing_needs_no_screen_and_leaves_pyplot_alone():
