@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,8 +22,8 @@ from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 
 from ffgym.data.examples import EncodedExample
-from ffgym.errors import DataError, UnknownNameError, first_line
-from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, OneThread, Request
+from ffgym.errors import DataError, ModelError, UnknownNameError, first_line
+from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator, Request
 from ffgym.models.cut import PrunableModel
 from ffgym.plugins.bases import SLOPE_PASSES, Reward
 from ffgym.plugins.contracts import check_objectives, check_reward
@@ -63,6 +64,30 @@ class Outcome:
     # importance, all 0 where the cut model's loss is not finite; None where they were not asked for
     slopes: np.ndarray | None = None
     slope_tokens: int = 0  # how many of tokens the slopes took
+
+
+class OneThread:
+    """A block that one thread at a time may be in; another one is refused at once, with ``ModelError``.
+
+    It would measure what the first one has cut the model to, even as dense.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ModelError(
+                "another thread is using this environment or its model, which serve one thread at a time",
+                hint="Make an environment for each thread, or use one thread (n_jobs=1).",
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[OneThread], tuple[()]]:
+        """A lock cannot be copied or sent; an environment can, and its copy gets a lock of its own."""
+        return OneThread, ()
 
 
 class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):

@@ -7,7 +7,6 @@ layers share the hidden states up to there. Batches are the same as for a reques
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,31 +93,8 @@ class _Stream:
     asked: PaddedExamples | None = None
 
 
-class OneThread:
-    """A block that one thread at a time may be in; another one is refused at once, with ``ModelError``."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise ModelError(
-                "another thread is using this environment or its model, which serve one thread at a time",
-                hint="Make an environment for each thread, or use one thread (n_jobs=1).",
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple[type[OneThread], tuple[()]]:
-        """A lock cannot be copied or sent; an evaluator can, and its copy gets a lock of its own."""
-        return OneThread, ()
-
-
 class ModelEvaluator:
     """Measures allocations of one prepared model, layer by layer; see `Evaluator`.
-
-    One thread may measure at a time: it cuts the model, and another one would measure what it is cut to, even as dense.
 
     The dense model runs on one window, or one example, at a time, and its results are kept. In larger batches, which
     depend on what earlier requests have left, kernels would round otherwise.
@@ -149,7 +125,6 @@ class ModelEvaluator:
         self._calibrated = calibrated
         self._tokens_per_batch = tokens_per_batch
         self._known = KnownLosses(known)
-        self._one_thread = OneThread()
         self._dense = {
             _Pass(_Batch((index,)), prunable.dense_units): torch.tensor([[loss]], dtype=torch.float64)
             for index, loss in self._known.among(windows).items()
@@ -160,15 +135,7 @@ class ModelEvaluator:
 
     @own_modes()
     def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
-        """Measure every request, in the order asked for; see `Evaluator`.
-
-        Raises:
-            ModelError: another thread is measuring, too.
-        """
-        with self._one_thread:
-            return self._answers(requests, on_progress)
-
-    def _answers(self, requests: Sequence[Request], on_progress: OnShare) -> list[Evaluation]:
+        """Measure every request, in the order asked for; see `Evaluator`."""
         compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
         sloped = {_without_examples(r): self._of_text(r) for r in requests if "slopes" in r.needs}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -237,19 +236,6 @@ class TestAround:
         # After the last of three layers, the part of the head is left.
         assert evaluator(prunable, windows).measure([Request((1, 20) * 3, (0,))], (layers := []).append)
         assert layers[2] == pytest.approx(1 - head_share(prunable.model))
-
-    def test_a_second_thread_is_refused_and_changes_no_bit(self, prepared, windows):
-        prunable, refused = prepared("llama"), []
-        asked, dense = Request((1, 20) * 3, (0, 1)), Request(prunable.dense_units, (0, 1))
-        alone = evaluator(prunable, windows).measure([asked])
-        one = evaluator(prunable, windows)
-        with ThreadPoolExecutor(1) as other:
-            found = one.measure([asked], lambda _: refused.append(other.submit(one.measure, [dense]).exception()))
-            assert {type(error) for error in refused} == {ModelError}
-            assert "environment for each thread" in refused[0].hint
-            assert [bits(e) for e in found] == [bits(e) for e in alone]
-            (after,) = other.submit(one.measure, [dense]).result()
-        assert bits(after) == bits(evaluator(prunable, windows).measure([dense])[0])
 
     @pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)])
     def test_the_callers_mode_changes_no_bit(self, mode, prepared, windows):
