@@ -239,19 +239,11 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
     """
     import numpy as np
 
-    proposals: Any = call_plugin(agent, lambda: agent.recommend(observation), "recommending importances")
-    if not (isinstance(proposals, (list, tuple)) or (isinstance(proposals, np.ndarray) and proposals.ndim == 2)):
-        raise PluginError(f"{described(agent)}: recommend returned {type(proposals).__name__}, not a list of arrays")
-    actions = []
-    for proposal in proposals:
-        try:
-            array = np.asarray(proposal)
-            if array.shape != (sublayers,):
-                raise ValueError(f"an array of shape {array.shape}, not ({sublayers},)")
-            actions.append(check_actions(array[None], (1, sublayers))[0])
-        except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
-            raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
-    return actions
+    proposals = call_plugin(agent, lambda: agent.recommend(observation), "recommending importances")
+    try:
+        return [check_actions(np.asarray(proposal)[None], (1, sublayers))[0] for proposal in proposals]
+    except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
+        raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
 
 
 def check_state(agent: Agent) -> JSONDict:
@@ -260,7 +252,8 @@ def check_state(agent: Agent) -> JSONDict:
     Raises:
         PluginError: it raised, or the state holds something that JSON cannot.
     """
-    state: Any = call_plugin(agent, agent.state, "giving its state") or {}
+    state: Any = call_plugin(agent, agent.state, "giving its state")
+    state = {} if state is None else state
     if not isinstance(state, dict):
         raise PluginError(f"{described(agent)}: its state is a {type(state).__name__}", hint=STATE_HINT)
     try:

@@ -562,9 +562,9 @@ class TestBrokenAgents:
             ("diagnostics", "diagnostics are list, not a dict of numbers by name"),
             ("text", "diagnostic 'policy/spread' is str, not a number"),
             ("digits", "diagnostic 'policy/spread' is str, not a number"),
-            ("shape", r"recommend returned unusable importances: an array of shape \(5,\), not \(6,\)"),
-            ("flat", "recommend returned ndarray, not a list of arrays"),
-            ("number", "recommend returned int, not a list of arrays"),
+            ("shape", r"recommend returned unusable importances: actions have shape \(1, 5\), not \(1, 6\)"),
+            ("flat", "recommend returned unusable importances"),
+            ("number", "recommend returned unusable importances: 'int' object is not iterable"),
             ("words", "recommend returned unusable importances"),
         ],
     )
