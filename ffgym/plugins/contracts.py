@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +28,6 @@ THEIR_DEFECT = (
     "The fault is in the plugin, not in ffgym: report it to the package's author. If that is you: try again with"
     " FFGYM_TRACEBACK=1 in the environment, to see the whole traceback."
 )
-FINGERPRINT_PART = 1 << 22  # numbers whose bits are summed at once
 ROUNDING = 1e-6  # how far beyond -1 or 1 an importance may lie
 STATE_HINT = (
     "A state is a dict of finite numbers, text, arrays, lists and dicts with text as keys. Once the plugin is mended,"
@@ -44,19 +43,15 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
         shape (m, n) elements or (n,) channels as the criterion returned them, float32 or float64, finite, no gradient.
 
     Raises:
-        PluginError: it raised, returned something else, or changed what it was given.
+        PluginError: it raised, or returned something else.
         ModelError: the weight is not finite, and so no score can be.
     """
     import torch
 
-    given = {"weight": weight, **_tensors(stats)}
-    before = {name: fingerprint(tensor) for name, tensor in given.items()}
-    doing = f"scoring {sublayer.name}"
     with torch.no_grad():
-        scores = call_plugin(criterion, lambda: criterion.score(weight, stats), doing)
+        scores = call_plugin(criterion, lambda: criterion.score(weight, stats), f"scoring {sublayer.name}")
     where = f"{described(criterion)}, {sublayer.name}"
     m, n = weight.shape
-    check_unchanged(f"{where}: score", given, before)
     if not isinstance(scores, torch.Tensor):
         raise PluginError(f"{where}: score returned {type(scores).__name__}, not a tensor")
     if tuple(scores.shape) not in ((m, n), (n,)):
@@ -77,40 +72,6 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
     return scores
 
 
-def _tensors(stats: LayerStats) -> dict[str, torch.Tensor]:
-    import torch
-
-    return {name: value for name, value in vars(stats).items() if torch.is_tensor(value)}
-
-
-def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Something that changes if a tensor is changed in place, by torch, through numpy or through ``.data``.
-
-    Sums of the bits over rows and over columns are exact and cheaper than a copy.
-    """
-    import torch
-
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integers[tensor.element_size()])  # a NaN is not equal to itself; its bits are
-    if tensor.dim() < 2:
-        return bits.clone()
-    bits = bits.flatten(0, -2)
-    parts = torch.split(bits, max(1, FINGERPRINT_PART // max(1, bits.shape[1])))  # a sum first widens all to 8 bytes
-    columns = reduce(torch.add, (part.sum(dim=0) for part in parts))
-    return torch.cat([columns, *(part.sum(dim=1) for part in parts)])
-
-
-def check_unchanged(who: str, given: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
-    """Raise ``PluginError`` where a tensor that a plugin was given has another fingerprint than before."""
-    for name, tensor in given.items():
-        after = fingerprint(tensor)
-        if after.shape != before[name].shape or not after.equal(before[name]):
-            raise PluginError(
-                f"{who} changed the {name} it was given, which others still use",
-                hint=f"Compute into a new tensor, e.g. {name.partition(' ')[0]}.clone().",
-            )
-
-
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
     """Let a heuristic give its importances for 2L views.
 
@@ -118,30 +79,24 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
         shape (2L,), float32, in [-1, 1].
 
     Raises:
-        PluginError: it raised, returned something else, or changed what it was given.
+        PluginError: it raised, or returned something else.
     """
     import numpy as np
     import torch
 
-    given = {
-        f"{name} of {view.sublayer.name}": tensor
-        for view in sublayers
-        if type(view) is SublayerView  # those of a streamed model are read anew each time
-        for name, tensor in {"weight": view.weight, "unit_scores": view.unit_scores, **_tensors(view.stats)}.items()
-    }
-    before = {name: fingerprint(tensor) for name, tensor in given.items()}
     answer: Any = call_plugin(heuristic, lambda: heuristic.importance(sublayers), "giving importances")
     where = described(heuristic)
-    check_unchanged(f"{where}: importance", given, before)
     try:
         if answer is None:  # which numpy takes for NaN
             raise TypeError
         answer = answer.detach().cpu() if torch.is_tensor(answer) else answer
         if np.iscomplexobj(answer):
-            raise PluginError(f"{where}: importance returned complex numbers, not real ones")
+            raise TypeError
         importance = np.asarray(answer, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise PluginError(f"{where}: importance returned {type(answer).__name__}, not an array of numbers") from None
+        raise PluginError(
+            f"{where}: importance returned {type(answer).__name__}, not an array of real numbers"
+        ) from None
     if importance.shape != (len(sublayers),):
         raise PluginError(f"{where}: importance returned shape {importance.shape}, not ({len(sublayers)},)")
     wrong = np.flatnonzero(~(np.abs(importance) <= 1 + ROUNDING))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ffgym.plugins.contracts import (
     check_state,
 )
 from ffgym.testing.toys import toy_views
-from ffgym.types import Evaluation, LayerStats, Sublayer, SublayerView
+from ffgym.types import Evaluation, LayerStats, Sublayer
 
 SUBLAYER = Sublayer(3, "mlp", 5, 1, unit_params=1, unit_macs=1, depth=6)
 DENSE = Evaluation((3.0, 3.0), 8)
@@ -91,8 +91,6 @@ def test_inference_tensors_can_be_scored() -> None:
         (lambda weight: torch.tensor([1, 2, 3, 4, math.inf]), "1 of 5 scores"),
         (lambda weight: [1.0] * 5, "list, not a tensor"),
         (lambda weight: torch.fft.fft(weight.norm(dim=0)), "score returned complex numbers, not real ones"),
-        (lambda weight: weight.data.zero_(), "changed the weight it was given"),
-        (lambda weight: weight.numpy().fill(0), "changed the weight it was given"),
         (
             lambda weight: sys.exit(3),
             r"scoring layer 3 mlp: SystemExit: 3 \(.*test_contracts\.py, line \d+\)",
@@ -109,24 +107,6 @@ def test_bad_scores_name_plugin_package_and_sublayer(answer: Callable[[torch.Ten
 def test_damaged_weights_are_not_the_fault_of_the_criterion() -> None:
     with pytest.raises(ModelError, match="layer 3 mlp: its output weights hold NaN or infinity"):
         scored(torch.abs, torch.tensor([[1.0, torch.nan]]))
-
-
-def test_a_nan_that_was_there_before_is_no_change() -> None:
-    stats = LayerStats(mean=torch.full((5,), torch.nan))
-    criterion = made(Criterion, "scores", score=lambda self, weight, stats: weight.abs())
-    assert check_scores(criterion, torch.ones(4, 5), stats, SUBLAYER).shape == (4, 5)
-
-
-@pytest.mark.parametrize("statistic", ["second_moment", "gradient"])
-def test_a_criterion_that_changes_its_statistics_is_found_out(statistic: str) -> None:
-    def damp(self: Criterion, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
-        getattr(stats, statistic).mul_(2)
-        return weight.abs()
-
-    stats = LayerStats(second_moment=torch.eye(5), gradient=torch.ones(4, 5))
-    with pytest.raises(PluginError, match=f"score changed the {statistic} it was given") as caught:
-        check_scores(made(Criterion, "damps", score=damp), torch.ones(4, 5), stats, SUBLAYER)
-    assert f"{statistic}.clone()" in str(caught.value.hint)
 
 
 def test_errors_that_a_plugin_raises_on_purpose_name_it() -> None:
@@ -149,18 +129,6 @@ def test_an_answer_that_is_refused_once_it_was_given_names_the_file_of_the_plugi
     agent = made(Agent, "too-far", learn=lambda self, env, *, seed, on_update: None)
     with pytest.raises(PluginError, match=r"one is 2\.0 \(.*test_contracts\.py\)"):
         call_plugin(agent, partial(check_actions, np.full((1, 4), 2.0), (1, 4)), "learning")
-
-
-@pytest.mark.parametrize("given", ["weight", "square"])
-def test_a_heuristic_that_changes_what_it_was_lent_is_found_out(given: str) -> None:
-    def clear(self: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
-        lent = sublayers[2].weight if given == "weight" else sublayers[2].stats.square
-        assert lent is not None
-        lent.data.zero_()
-        return np.zeros(len(sublayers))
-
-    with pytest.raises(PluginError, match=f"importance changed the {given} of layer 1 attention it was given"):
-        check_importance(made(Heuristic, "clears", importance=clear), toy_views(2, frozenset({"square"})))
 
 
 def test_a_reward_below_its_worst_would_make_breaking_the_model_pay() -> None:
@@ -213,10 +181,10 @@ def test_importance_comes_back_as_float32(answer: Any) -> None:
         (np.zeros(3), r"shape \(3,\), not \(4,\)"),
         ([0, 0, 2, 0], r"layer 1 attention is 2\.0, not in \[-1, 1\]"),
         ([0, math.nan, 0, 0], "layer 0 mlp is nan"),
-        ("high", "str, not an array of numbers"),
-        ([0, 1j, 0, 0], "importance returned complex numbers, not real ones"),
-        (torch.zeros(4, dtype=torch.complex64), "importance returned complex numbers, not real ones"),
-        (None, "NoneType, not an array of numbers"),
+        ("high", "str, not an array of real numbers"),
+        ([0, 1j, 0, 0], "not an array of real numbers"),
+        (torch.zeros(4, dtype=torch.complex64), "not an array of real numbers"),
+        (None, "NoneType, not an array of real numbers"),
         (fail, "failed while giving importances: KeyError"),
     ],
 )
