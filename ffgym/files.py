@@ -329,22 +329,19 @@ def disk_errors() -> Iterator[None]:
 
 
 @contextmanager
-def exclusive_lock(
-    lock_file: Path, *, waiting: Callable[[], None] | None = None, patience: float = 0
-) -> Iterator[bool]:
+def exclusive_lock(lock_file: Path, *, waiting: Callable[[], None] | None = None) -> Iterator[bool]:
     """Hold a lock for the block, or learn that another process does; a process that is killed holds none.
 
     Args:
         lock_file: made for the block, gone afterwards; its folder must be there.
         waiting: called where another process holds it, which is then waited for, however long that takes.
-        patience: seconds to try before that.
 
     Yields:
         whether the lock is held.
     """
     lock = FileLock(lock_file)
     try:
-        lock.acquire(timeout=patience)
+        lock.acquire(timeout=0)
     except Timeout:
         if waiting is None:
             yield False

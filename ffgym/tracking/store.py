@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.errors import TrackingError
+from ffgym.files import exclusive_lock
 from ffgym.interrupts import held_back_interrupts, shared_by_threads
 from ffgym.tracking.masking import masked, shown
+from ffgym.types import Notify
 
 DESCRIPTION_TAG = "mlflow.note.content"
 FAILURE_TAG = "ffgym.failure"
@@ -114,6 +116,7 @@ def adopt(root: Path) -> None:
     """
     here = str(artifacts(root))
     with contextlib.closing(sqlite3.connect(database(root), timeout=BUSY_SECONDS)) as connection, connection:
+        connection.execute("BEGIN IMMEDIATE")
         locations = {row[0] for row in connection.execute("SELECT artifact_location FROM experiments")}
         for old in filter(_is_another_stores, locations - {here}):
             for table, column in LOCATIONS:
@@ -142,7 +145,10 @@ def client_of(uri: str) -> Any:
     from sqlalchemy.exc import ArgumentError
 
     try:
-        return import_mlflow().MlflowClient(tracking_uri=uri)
+        with warnings.catch_warnings():
+            # MLflow uses what SQLAlchemy deprecates, which is an error where warnings are.
+            warnings.simplefilter("ignore")
+            return import_mlflow().MlflowClient(tracking_uri=uri)
     except ImportError as error:
         raise TrackingError(
             f"the MLflow store {shown(uri)} needs a database driver: {error}",
@@ -169,17 +175,13 @@ def import_mlflow() -> Any:
     return mlflow
 
 
-def import_store() -> None:
-    """Import what MLflow imports to open a database: it takes seconds, and other runs should not have to wait."""
-    with warnings.catch_warnings():
-        # MLflow uses what SQLAlchemy deprecates, which is an error where warnings are.
-        warnings.simplefilter("ignore")
-        import alembic.command  # noqa: F401
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+def make_store(root: Path, notify: Notify) -> None:
+    """Make the store's folder and its database where they are missing.
 
-
-def require_writable(root: Path) -> None:
-    """Make the store's folder and its file, and try to write them."""
+    The tables are made in a file of their own, which is put in its place once it is whole. MLflow's migrations are no
+    single transaction: two processes would stumble over each other's tables, and a database whose process was killed
+    between two could never be opened.
+    """
     if unfit := set("?%") & set(str(root.resolve())):
         # These have a meaning in a URI: MLflow would open another file.
         raise TrackingError(
@@ -189,38 +191,16 @@ def require_writable(root: Path) -> None:
     artifacts(root).mkdir(parents=True, exist_ok=True)
     if not os.access(artifacts(root), os.W_OK):
         raise PermissionError(errno.EACCES, "the artifacts folder is not writable")
-    database(root).touch()  # SQLite would make it writable to its owner alone, whatever the umask allows
-    try_to_write(root)
-
-
-def make_tables(root: Path) -> None:
-    """Make the tables of a new database in a file of its own, and put that in its place once it is whole.
-
-    MLflow's migrations are no single transaction: a database whose process was killed between two can never be opened.
-    """
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    if database(root).stat().st_size:
+    if database(root).exists():
         return
-    new = database(root).with_name("mlflow.new.db")
-    new.unlink(missing_ok=True)  # what a killed process left
-    new.touch()
-    SqlAlchemyStore(f"sqlite:///{new}", str(artifacts(root))).engine.dispose()
-    new.replace(database(root))
-
-
-def try_to_write(root: Path) -> None:
-    """Try to write the database before MLflow does, which would retry for a minute and print warnings.
-
-    Raises:
-        OSError: it is not there any more; MLflow would go on reading a deleted file, and make its folder again.
-        sqlite3.Error: it cannot be written.
-    """
-    if not database(root).is_file():
-        raise FileNotFoundError(errno.ENOENT, "the database is not there any more")
-    with contextlib.closing(sqlite3.connect(database(root), timeout=BUSY_SECONDS)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("ROLLBACK")
+    said = f"waiting for another run, which makes the MLflow store {database(root)}"
+    with exclusive_lock(root / "mlflow.lock", waiting=lambda: notify(said)):
+        if not database(root).exists():
+            new = database(root).with_name("mlflow.new.db")
+            new.unlink(missing_ok=True)  # what a killed process left
+            new.touch()  # SQLite would make it writable to its owner alone, whatever the umask allows
+            client_of(f"sqlite:///{new}")
+            new.replace(database(root))
 
 
 def uninterrupted(uri: str) -> contextlib.AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import json
 import math
@@ -15,7 +16,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from ffgym.errors import OutputError, TrackingError
-from ffgym.files import exclusive_lock
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import SHORT_NAMES, Result, parameters
 from ffgym.tracking.outbox import Outbox
@@ -31,13 +31,11 @@ from ffgym.tracking.store import (
     adopt,
     artifacts,
     client_of,
-    import_store,
-    make_tables,
+    database,
+    make_store,
     own_uri,
-    require_writable,
     tracking_uri,
     translated,
-    try_to_write,
     uninterrupted,
 )
 from ffgym.tracking.system import SystemMetrics
@@ -47,7 +45,6 @@ from ffgym.version import __version__
 
 Point = tuple[str, float, int, int]
 """Of a curve: name, value, step, and when, in milliseconds."""
-PATIENT_SECONDS = 5  # to wait without a word while another process opens the same store
 RETRY_SECONDS = 60  # after which a store that took nothing is tried again
 
 
@@ -243,32 +240,20 @@ class Tracker:
 
     def _open(self) -> None:
         """Open the store and begin the run."""
-        translating = translated(self._uri, "open the MLflow store")
-        with translating, contextlib.ExitStack() as opening:
+        with translated(self._uri, "open the MLflow store"), uninterrupted(self._uri):
             if self._is_own:
-                require_writable(self._root)
-                import_store()
-                # Processes that make one database at once would each stumble over tables of the other.
-                opening.enter_context(self._alone())
-            with uninterrupted(self._uri):
-                if self._is_own:
-                    make_tables(self._root)
-                self._client = client_of(self._uri)
-                if self._is_own:
-                    adopt(self._root)
-                experiment = self._experiment_id()
-                run = self._earlier_run() or self._client.create_run(
-                    experiment, run_name=self._run_name, tags=self._source()
-                )
-                self._had_folder = self._unsent.exists()
-                self._outbox = Outbox(self._unsent, run.info.run_id)
-                self.run_id = run.info.run_id
-
-    def _alone(self) -> contextlib.AbstractContextManager[object]:
-        """The lock of those who open the store."""
-        said = f"waiting for other runs, which are opening the same MLflow store {shown(self._uri)}"
-        lock = self._root / "mlflow.lock"
-        return exclusive_lock(lock, waiting=lambda: self._notify(said), patience=PATIENT_SECONDS)
+                make_store(self._root, self._notify)
+                adopt(
+                    self._root
+                )  # a write, which MLflow would try for a minute, with warnings, where it cannot be done
+            self._client = client_of(self._uri)
+            experiment = self._experiment_id()
+            run = self._earlier_run() or self._client.create_run(
+                experiment, run_name=self._run_name, tags=self._source()
+            )
+            self._had_folder = self._unsent.exists()
+            self._outbox = Outbox(self._unsent, run.info.run_id)
+            self.run_id = run.info.run_id
 
     def _source(self) -> dict[str, str]:
         """Tags that MLflow shows as who made the run, with what, and for which other run."""
@@ -395,8 +380,9 @@ class Tracker:
     def _send(self, record: JSONDict) -> None:
         assert self.run_id is not None, "the run has begun"
         with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
-            if self._is_own:
-                try_to_write(self._root)
+            if self._is_own and not database(self._root).is_file():
+                # MLflow would go on writing into a deleted file, and make the folder of its artifacts again.
+                raise FileNotFoundError(errno.ENOENT, "the database is not there any more")
             send(self._client, self.run_id, record)
 
 
