@@ -7,7 +7,6 @@ A file is named after its run, and every line is a record. Whoever sends them ho
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from pathlib import Path
 
 from ffgym.errors import TrackingError
 from ffgym.files import FileFormat, exclusive_lock, write_text, writing
-from ffgym.tracking.masking import shown
 from ffgym.tracking.records import send
-from ffgym.tracking.runs import run_or_none, run_with_id
-from ffgym.tracking.store import database, own_uri, reading_store, tracking_uri
+from ffgym.tracking.runs import run_with_id
+from ffgym.tracking.store import reading_store
 from ffgym.types import JSONDict, Notify
 
 LINE = FileFormat("record of an MLflow run", dict, TrackingError, "Remove the line, or the whole file.")
@@ -58,17 +56,17 @@ class Outbox:
         with self._lock():
             # The process may have been killed in the last line.
             records = [LINE.parse(line, source) for source, line in LINE.lines(self.path) if line.endswith(b"\n")]
-            left = deque(records)
+            sent = 0
             try:
-                while left:
-                    send(left[0])
-                    left.popleft()
+                for record in records:
+                    send(record)
+                    sent += 1
             finally:
-                if left:
-                    write_text(self.path, "".join(json.dumps(line) + "\n" for line in left))
+                if left := records[sent:]:
+                    write_text(self.path, "".join(json.dumps(record) + "\n" for record in left))
                 else:
                     self.path.unlink()
-            return len(records)
+            return sent
 
     def __len__(self) -> int:
         if not self.path.exists():
@@ -86,33 +84,20 @@ def sync(root: Path, folders: Iterable[Path], notify: Notify) -> int:
         how many records were sent.
 
     Raises:
-        TrackingError: the store cannot be written, or does not have a run, or not any more; what was not sent goes on
-            waiting. What is perhaps of another store holds up nothing else.
+        TrackingError: the store cannot be written, or does not have a run, which may be another store's; what was not
+            sent goes on waiting, and holds up no other run.
     """
-    total, strays = 0, []
-    waiting = [path for folder in folders for path in sorted(folder.rglob(f"*{SUFFIX}"))]
-    for path in {path.resolve(): path for path in waiting}.values():  # a folder may lie in another
-        run_id = path.name.removesuffix(SUFFIX)
-        if not _is_known(root, run_id):
-            strays.append(str(path))
-            continue
-        run = run_with_id(root, run_id, f"{path}: ")
-        with reading_store(root, f"write run {run.name!r} to") as (client, _):
-            sent = Outbox(path.parent, run.id).forward(partial(send, client, run.id))
-        notify(f"{run.name}: {sent} records sent, from {path}")
-        total += sent
-    if strays:
-        raise TrackingError(
-            f"there is no MLflow run in {shown(tracking_uri(root))} for the records in {', '.join(strays)}",
-            hint="Name their store: a server with MLFLOW_TRACKING_URI, or else a folder with --root. What waits for a "
-            "store that is gone may be deleted.",
-        )
+    total, failures = 0, []
+    for path in sorted({path.resolve() for folder in folders for path in folder.rglob(f"*{SUFFIX}")}):
+        try:
+            run = run_with_id(root, path.name.removesuffix(SUFFIX), f"{path}: ")
+            with reading_store(root, f"write run {run.name!r} to") as (client, _):
+                sent = Outbox(path.parent, run.id).forward(partial(send, client, run.id))
+        except TrackingError as error:
+            failures.append(error)
+        else:
+            notify(f"{run.name}: {sent} records sent, from {path}")
+            total += sent
+    if failures:
+        raise TrackingError("; ".join({error.message: None for error in failures}), hint=failures[0].hint)
     return total
-
-
-def _is_known(root: Path, run_id: str) -> bool:
-    """Whether there is a store, and it has a run or did have it until it was deleted."""
-    if tracking_uri(root) == own_uri(root) and not database(root).is_file():
-        return False
-    with reading_store(root, f"read run {run_id!r} of") as (client, _):
-        return run_or_none(client, run_id) is not None

@@ -18,11 +18,9 @@ from ffgym.tracking.models import log_model
 from ffgym.tracking.store import PARENT_TAG
 from ffgym.types import JSONDict
 
-METRICS_PER_BATCH = 1000  # limits of MLflow's log_batch
-PARAMS_PER_BATCH = 100
+Point = tuple[str, float, int, int]
+"""Of a curve: name, value, step, and when, in milliseconds."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes of a store that answers, and says no
-PARAM_CHARACTERS = 6000
-TAG_CHARACTERS = 5000
 DIGEST_CHARACTERS = 36
 
 
@@ -43,27 +41,21 @@ def send(client: Any, run_id: str, record: JSONDict) -> None:
         Reporter().print(f"MLflow refuses {record['write']} of this run: {masked(str(error).splitlines()[0])}")
 
 
-def _metrics(client: Any, run_id: str, points: Sequence[tuple[str, float, int, int]]) -> None:
-    """Points of curves: name, value, step, and when, in milliseconds."""
-    from mlflow.entities import Metric
+def _values(
+    client: Any,
+    run_id: str,
+    metrics: Sequence[Point] = (),
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    from mlflow.entities import Metric, Param, RunTag
 
-    entities = [Metric(name, value, time, step) for name, value, step, time in points]
-    for start in range(0, len(entities), METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=entities[start : start + METRICS_PER_BATCH])
-
-
-def _params(client: Any, run_id: str, values: Mapping[str, str]) -> None:
-    from mlflow.entities import Param
-
-    entities = [Param(key, cut(value, PARAM_CHARACTERS)) for key, value in values.items()]
-    for start in range(0, len(entities), PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=entities[start : start + PARAMS_PER_BATCH])
-
-
-def _tags(client: Any, run_id: str, values: Mapping[str, str]) -> None:
-    from mlflow.entities import RunTag
-
-    client.log_batch(run_id, tags=[RunTag(key, cut(value, TAG_CHARACTERS)) for key, value in values.items()])
+    client.log_batch(
+        run_id,
+        [Metric(name, value, time, step) for name, value, step, time in metrics],
+        [Param(key, value) for key, value in (params or {}).items()],
+        [RunTag(key, value) for key, value in (tags or {}).items()],
+    )
 
 
 def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, corpus: str, tokens: int) -> None:
@@ -87,30 +79,19 @@ def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, cor
         client.log_inputs(run_id, datasets=inputs)
 
 
-def _child(
-    client: Any,
-    run_id: str,
-    name: str,
-    params: Mapping[str, str],
-    tags: Mapping[str, str],
-    metrics: Sequence[tuple[str, float, int, int]],
-) -> None:
+def _child(client: Any, run_id: str, name: str, **values: Any) -> None:
     """A finished run that is nested under this one; one of that name is there at most once."""
     experiment = client.get_run(run_id).info.experiment_id
     where = f"tags.`{PARENT_TAG}` = '{run_id}'"
     runs = [run for run in client.search_runs([experiment], where) if run.info.run_name == name]
     child = runs[0] if runs else client.create_run(experiment, run_name=name, tags={PARENT_TAG: run_id})
     if child.info.status != "FINISHED":
-        _params(client, child.info.run_id, params)
-        _tags(client, child.info.run_id, tags)
-        _metrics(client, child.info.run_id, metrics)
+        _values(client, child.info.run_id, **values)
         client.set_terminated(child.info.run_id)
 
 
 KINDS: dict[str, Callable[..., None]] = {
-    "metrics": _metrics,
-    "params": _params,
-    "tags": _tags,
+    "values": _values,
     "text": lambda client, run_id, text, file: client.log_text(run_id, text, file),
     "artifact": lambda client, run_id, path: client.log_artifact(run_id, path),
     "model": log_model,
@@ -118,8 +99,3 @@ KINDS: dict[str, Callable[..., None]] = {
     "child": _child,
     "end": lambda client, run_id, status, time: client.set_terminated(run_id, status, time),
 }
-
-
-def cut(value: str, limit: int) -> str:
-    """A text that MLflow takes."""
-    return value if len(value) <= limit else value[: limit - 1] + "…"

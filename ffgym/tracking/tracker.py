@@ -16,10 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from ffgym.errors import OutputError, TrackingError
+from ffgym.interrupts import held_back_interrupts
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import SHORT_NAMES, Result, parameters
 from ffgym.tracking.outbox import Outbox
-from ffgym.tracking.records import send
+from ffgym.tracking.records import Point, send
 from ffgym.tracking.runs import run_or_none
 from ffgym.tracking.store import (
     DESCRIPTION_TAG,
@@ -43,8 +44,6 @@ from ffgym.tracking.view import TAGS, arrange
 from ffgym.types import Episode, JSONDict, Notify, Update, perplexity_of
 from ffgym.version import __version__
 
-Point = tuple[str, float, int, int]
-"""Of a curve: name, value, step, and when, in milliseconds."""
 RETRY_SECONDS = 60  # after which a store that took nothing is tried again
 
 
@@ -103,12 +102,12 @@ class Tracker:
         self._again = again
         self._can_go_on = can_go_on
         self._notify = notify
-        self._earlier: dict[str, dict[int, float]] = {}  # values that earlier sessions logged, by metric and step
+        self._earlier: set[tuple[str, str, int]] = set()  # points that earlier sessions logged
         self._uri = tracking_uri(root) if enabled else ""
         self._is_own = enabled and self._uri == own_uri(root)
         self._client: Any = None
         self._params: dict[str, str] = {}
-        self._still: dict[str, list[tuple[float, int]]] = {}  # (value, step) of each curve that has not moved yet
+        self._still: dict[str, list[tuple[str, float, int]]] = {}  # of each curve that has not moved yet; else empty
         self._description = ""
         self._result: list[Point] = []
         self._system = SystemMetrics()
@@ -131,11 +130,8 @@ class Tracker:
         if self.run_id is None:
             return
         if error is None:
-            try:
+            with held_back_interrupts(first_only=True):
                 self._end("FINISHED")
-            except KeyboardInterrupt:
-                self._end("KILLED")
-                raise
         else:
             # A full disk must not hide why the run ended.
             with contextlib.suppress(OutputError):
@@ -160,7 +156,7 @@ class Tracker:
         """Log parameters to compare runs by; see `log_config`."""
         new = {key: value for key, value in values.items() if key not in self._params}
         if new:
-            self._write("params", values=new)
+            self._write("values", params=new)
         self._params |= new
 
     def log_episode(self, episode: Episode, *, search: str = "search") -> None:
@@ -236,16 +232,14 @@ class Tracker:
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run, see :func:`environment_tags`; a longer value than MLflow takes is cut."""
-        self._write("tags", values=dict(tags))
+        self._write("values", tags=dict(tags))
 
     def _open(self) -> None:
         """Open the store and begin the run."""
         with translated(self._uri, "open the MLflow store"), uninterrupted(self._uri):
             if self._is_own:
                 make_store(self._root, self._notify)
-                adopt(
-                    self._root
-                )  # a write, which MLflow would try for a minute, with warnings, where it cannot be done
+                adopt(self._root)  # a write: MLflow would try one that is impossible for a minute, with warnings
             self._client = client_of(self._uri)
             experiment = self._experiment_id()
             run = self._earlier_run() or self._client.create_run(
@@ -279,26 +273,25 @@ class Tracker:
         for name in run.data.metrics:
             if not name.startswith("system/"):
                 history = self._client.get_metric_history(self._resume, name)
-                self._earlier[name] = {point.step: point.value for point in history}
+                self._earlier |= {(name, _rounded(point.value), point.step) for point in history}
         return run
 
     def _write_points(self, points: Sequence[Point]) -> None:
         """Send points of curves, but for those that an earlier session logged: MLflow would show them twice."""
-        earlier = self._earlier
-        new = [point for point in points if not _same(earlier.get(point[0], {}).get(point[2]), point[1])]
+        new = [point for point in points if (point[0], _rounded(point[1]), point[2]) not in self._earlier]
         if new:
-            self._write("metrics", points=new)
+            self._write("values", metrics=new)
 
     def _moved(self, values: Mapping[str, float], step: int) -> list[tuple[str, float, int]]:
         """The points of those curves that have moved by now, of one that has just done so with all before."""
         points: list[tuple[str, float, int]] = []
         for name, value in values.items():
-            held_back = self._still.setdefault(name, [(value, step)])
-            if not held_back or not _same(held_back[0][0], value):
-                points += [(name, *point) for point in (*held_back, (value, step))]
+            is_new = name not in self._still
+            held_back = self._still.setdefault(name, [])
+            held_back.append((name, value, step))
+            if not is_new and (len(held_back) == 1 or _rounded(held_back[0][1]) != _rounded(value)):
+                points += held_back
                 held_back.clear()
-            elif held_back[-1][1] != step:
-                held_back.append((value, step))
         return points
 
     def _experiment_id(self) -> str:
@@ -409,7 +402,6 @@ def _milliseconds() -> int:
     return int(time.time() * 1000)
 
 
-def _same(before: float | None, value: float) -> bool:
-    if before is None:
-        return False
-    return math.isclose(before, value, rel_tol=1e-9) or (math.isnan(before) and not math.isfinite(value))
+def _rounded(value: float) -> str:
+    """A value to compare: NaN is equal to itself, and what differs in the last bits is equal."""
+    return f"{value:.9g}"

@@ -165,7 +165,7 @@ def test_what_a_server_refuses_holds_up_nothing_else(server, address, tmp_path, 
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.data.params["agent"]) == ("FINISHED", "ppo")
     assert run.data.metrics["search/reward"] == 0.1
-    assert "MLflow refuses params of this run: INVALID_PARAMETER_VALUE" in capsys.readouterr().err
+    assert "MLflow refuses values of this run: INVALID_PARAMETER_VALUE" in capsys.readouterr().err
     assert (said, list(tmp_path.iterdir())) == ([], [])
 
 
@@ -181,7 +181,7 @@ def test_what_is_logged_to_a_deleted_run_waits_until_it_is_restored(server, addr
 
 def test_records_of_a_run_that_the_store_does_not_have_stay(server, address, tmp_path):
     box = tmp_path / f"{'0' * 32}.unsent.jsonl"
-    box.write_text(json.dumps({"write": "tags", "values": {"a": "b"}}) + "\n")
+    box.write_text(json.dumps({"write": "values", "tags": {"a": "b"}}) + "\n")
     refused = CliRunner().invoke(app, ["sync", str(tmp_path)])
     assert refused.exit_code == 1
     assert "there is no MLflow run in http" in refused.output

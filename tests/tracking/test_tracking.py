@@ -103,22 +103,6 @@ def test_the_machines_load_is_logged_from_time_to_time(root, monkeypatch):
     assert 0 < run_of(root, tracker).data.metrics["system/system_memory_usage_percentage"] < 100
 
 
-def test_ctrl_c_while_the_run_is_being_finished_marks_it_killed(root, monkeypatch):
-    import mlflow
-
-    finish = mlflow.MlflowClient.set_terminated
-
-    def interrupted_once(self, run_id, status, time):
-        if status == "FINISHED":
-            raise KeyboardInterrupt
-        finish(self, run_id, status, time)
-
-    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted_once)
-    with pytest.raises(KeyboardInterrupt), Tracker(root, "ffgym", "run") as tracker:
-        pass
-    assert run_of(root, tracker).info.status == "KILLED"
-
-
 @pytest.fixture
 def ctrl_c_after():
     """Makes Ctrl-C come once, right after a statement of SQL that begins with given words has been executed."""
@@ -165,7 +149,7 @@ def test_parameters_are_cut_and_keep_their_first_value(root):
     params = run_of(root, tracker).data.params
     assert params["seed"] == "0"
     assert params["episodes"] == "96"
-    assert params["toml.criterion.long"] == "x" * 5999 + "…"
+    assert params["toml.criterion.long"] == "x" * 6000
     assert params["toml.data.249"] == "249"
 
 
@@ -709,7 +693,7 @@ def test_what_mlflow_refuses_holds_up_nothing_else(root, capsys):
     run = run_of(root, tracker)
     assert (run.info.status, run.data.params["agent"]) == ("FINISHED", "ppo")
     assert run.data.metrics["search/reward"] == 0.1
-    assert "MLflow refuses params of this run" in capsys.readouterr().err
+    assert "MLflow refuses values of this run" in capsys.readouterr().err
     assert said == []
 
 
