@@ -34,8 +34,7 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
     saved = result.saved if result.recovered is None else result.recovered.saved
     front = None if result.front is None else result.front.layout().markdown()
     session.tracker.describe("\n\n".join(filter(None, [front, description(result.table, saved)])))
-    session.tracker.log_table(result.table.layout().as_dicts())
-    for name in ("report.md", "losses.json", *PICTURES):
+    for name in ("report.md", "report.json", "losses.json", *PICTURES):
         if (session.folder / name).is_file():
             session.tracker.log_artifact(session.folder / name)
     return result

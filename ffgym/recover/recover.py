@@ -99,7 +99,6 @@ def recover(
             if (unfinished := unfinished_folder(place)).exists():
                 reporter.print(f"the training so far is in {unfinished}, and the same command continues it")
             raise
-        tracker.log_table(recovered.table.layout().as_dicts())
         tracker.log_result(recovered.tracked)
         tracker.describe(recovered.description)
         tracker.log_model(recovered.saved.path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ from ffgym.tracking.masking import shown
 from ffgym.tracking.store import FOLDER_TAG, PARENT_TAG, reading_store
 
 ID_CHARACTERS = 8  # of an id, in a list; MLflow's have 32
-PAGE = 1000
+MOST_RUNS = 50_000  # that MLflow finds at once
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,17 @@ def list_runs(root: Path, experiment: str = "ffgym") -> list[TrackedRun]:
         TrackingError: no such store or experiment, or the store cannot be read.
     """
     with reading_store(root, "list the runs of") as (client, uri):
-        known = {found.name: found.experiment_id for found in _pages(client.search_experiments)}
-        if experiment not in known:
+        found = client.get_experiment_by_name(experiment)
+        if found is None or found.lifecycle_stage != "active":
+            known = [each.name for each in client.search_experiments()]
             near = difflib.get_close_matches(experiment, known, n=1)
             guess = f"Did you mean {near[0]!r}? " if near else ""
             raise TrackingError(
                 f"there is no MLflow experiment {experiment!r} in {shown(uri)}",
                 hint=f"{guess}There are: {', '.join(map(repr, known)) or 'none'}.",
             )
-        order = ["attributes.start_time DESC"]
-        return [_tracked(run) for run in _pages(client.search_runs, [known[experiment]], order_by=order)]
+        newest_first = ["attributes.start_time DESC"]
+        return [_tracked(run) for run in client.search_runs([found.experiment_id], "", 1, MOST_RUNS, newest_first)]
 
 
 def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
@@ -157,13 +157,3 @@ def _number(text: str | None) -> float | None:
         return None if text is None else float(text)
     except ValueError:
         return None
-
-
-def _pages(search: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    """What all pages of an answer hold."""
-    token = None
-    while True:
-        page = search(*args, max_results=PAGE, page_token=token, **kwargs)
-        yield from page
-        if not (token := page.token):
-            return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import getpass
-import json
 import math
 import shlex
 import time
@@ -40,7 +39,7 @@ from ffgym.tracking.store import (
     uninterrupted,
 )
 from ffgym.tracking.system import SystemMetrics
-from ffgym.tracking.view import TAGS, arrange
+from ffgym.tracking.view import TAGS
 from ffgym.types import Episode, JSONDict, Notify, Update, perplexity_of
 from ffgym.version import __version__
 
@@ -212,10 +211,6 @@ class Tracker:
         name, tags = f"{self._run_name}: {name}", self._source()
         self._write("child", name=name, params=dict(params), tags=tags, metrics=points)
 
-    def log_table(self, rows: Sequence[JSONDict]) -> None:
-        """Log the report's rows whole, as ``report.json``: what a table's ``as_dicts`` gives."""
-        self._write("text", text=json.dumps(list(rows), indent=2), file="report.json")
-
     def log_artifact(self, path: Path) -> None:
         """Copy a file, or a folder with what is in it, to the run's artifacts."""
         self._write("artifact", path=str(path.resolve()))
@@ -319,7 +314,6 @@ class Tracker:
                 "which is not there (was the folder moved?)",
                 hint=f"Make that folder, {INSTEAD}",
             )
-        arrange(self._client, found)
         return str(found.experiment_id)
 
     def _end(self, status: str) -> None:

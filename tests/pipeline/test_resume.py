@@ -221,7 +221,7 @@ def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch:
     root = new_store(tmp_path / "mlruns")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "log_table", ctrl_c)
+        patch.setattr(Tracker, "log_result", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             go(config(tmp_path, tracking=TRACKED))
     go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")

@@ -1,4 +1,3 @@
-import json
 import math
 import os
 import re
@@ -357,13 +356,6 @@ def test_a_run_says_that_another_makes_its_store_and_waits_until_it_has(root):
     assert run_of(root, tracker).info.status == "FINISHED"
 
 
-def test_the_table_becomes_a_file(root):
-    rows = [{"label": "Uniform + ridge (params)", "perplexity": 54.2, "loss_stderr": None, "note": "", "is_best": True}]
-    with Tracker(root, "ffgym", "run") as tracker:
-        tracker.log_table(rows)
-    assert json.loads((root / "artifacts" / tracker.run_id / "artifacts" / "report.json").read_text()) == rows
-
-
 def test_a_point_of_a_range_is_a_finished_child_however_often_it_is_logged(root):
     with Tracker(root, "ffgym", "run") as tracker:
         for perplexity in (30.0, 31.0):
@@ -435,7 +427,6 @@ def test_a_disabled_tracker_takes_every_call_and_writes_nothing(tmp_path):
         tracker.log_episode(episode(0))
         tracker.log_metrics([("a", 1.0, 0)])
         tracker.log_dataset(name="a", context="search", digest="b", corpus="c", tokens=1)
-        tracker.log_table([{"label": "a", "perplexity": 1.0}])
         tracker.log_artifact(tmp_path)
         tracker.set_tags({"a": "b"})
     assert tracker.run_id is None

@@ -22,11 +22,13 @@ def root(tmp_path, monkeypatch):
     return new_store(tmp_path / "ml runs")
 
 
-def test_every_experiment_has_the_view_of_its_runs(root):
+def test_every_experiment_has_the_view_of_its_runs(root, monkeypatch):
+    with Tracker(root, "ffgym", "run"):
+        pass
     client(root).create_experiment("of an earlier version", artifact_location=str(root / "artifacts"))
+    Server(monkeypatch)
+    open_ui(root, "of an earlier version", browser=False)
     for name in ("ffgym", "of an earlier version"):
-        with Tracker(root, name, "run"):
-            pass
         tags = client(root).get_experiment_by_name(name).tags
         assert tags["mlflow.experimentKind"] == "custom_model_development"
         view = json.loads(tags["mlflow.sharedViewState.ffgym"])
