@@ -65,7 +65,7 @@ class PPO(Agent):
         heard = _LastRewards()
         index = 0
         # One rollout a call: a callback that stops SB3 at the last step would leave that rollout untrained.
-        while env.tokens_left > 0:
+        while env.unwrapped.tokens_left > 0:
             model.learn(env.num_envs, callback=heard, log_interval=None, reset_num_timesteps=index == 0)
             spread = float(model.policy.log_std.detach().exp().mean())
             on_update(Update(index=index, rewards=heard.rewards, diagnostics={"policy/spread": spread}))

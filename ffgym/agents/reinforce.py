@@ -109,9 +109,10 @@ class Reinforce(BatchAgent):
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
-        follows = getattr(env, "has_slopes", False) and getattr(env, "slopes_lead", True)
+        task = env.unwrapped
+        follows = getattr(task, "has_slopes", False) and getattr(task, "slopes_lead", True)
         self._slope_share = self.config.slope_share if follows else 0.0
-        coarse = getattr(env, "coarse", None)
+        coarse = getattr(task, "coarse", None)
         if self._slope_share and (self.budgets is not None or coarse is None or not coarse.any()):
             self._slope_share = 1.0
         super().learn(env, seed=seed, on_update=on_update)

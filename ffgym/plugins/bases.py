@@ -312,19 +312,30 @@ class BatchAgent(Agent):
         return
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
-        """Ask, step, tell, until the environment's token budget is spent."""
+        """Ask, step, tell, until the environment's token budget is spent.
+
+        Raises:
+            ConfigError: an update has fewer episodes than the environment, and a wrapper around it takes all at once.
+        """
         self.check_updates(env.num_envs)
-        self.units, self.coarse = getattr(env, "units", None), getattr(env, "coarse", None)
+        task = env.unwrapped  # wrappers pass on nothing beyond Gymnasium's interface
+        self.units, self.coarse = getattr(task, "units", None), getattr(task, "coarse", None)
         dimensions = env.single_action_space.shape[0]
         self.begin(dimensions=dimensions, batch=env.num_envs, seed=seed)
         observations, _ = env.reset(seed=seed)
         tell: Any = self.tell
         takes_kept = "kept" in inspect.signature(tell).parameters
-        index, tokens = 0, env.tokens_left
-        while env.tokens_left > 0:
-            self.progress = 1.0 - env.tokens_left / tokens
+        index, tokens = 0, task.tokens_left
+        while task.tokens_left > 0:
+            self.progress = 1.0 - task.tokens_left / tokens
             actions = self.ask(observations)
-            env.slope_episodes = self.slope_episodes
+            if task is not env and len(actions) < env.num_envs:
+                raise ConfigError(
+                    f"agent {self.name!r} makes an update of {len(actions)} of {env.num_envs} episodes, and a wrapper "
+                    f"around the environment ({type(env).__name__}) takes them all at once",
+                    hint="Let it learn on env.unwrapped.",
+                )
+            task.slope_episodes = self.slope_episodes
             following, rewards, _, _, infos = env.step(actions)
             final = infos.get("final_info", {})
             if self.slope_episodes and "slopes" in final:

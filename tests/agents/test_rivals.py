@@ -8,10 +8,12 @@ import json
 
 import numpy as np
 import pytest
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from ffgym.agents.cma_es import CMAES
 from ffgym.agents.evolution import Evolution
 from ffgym.agents.evopress import EvoPress
+from ffgym.agents.pathwise import Pathwise
 from ffgym.agents.ppo import PPO
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce
@@ -131,6 +133,27 @@ def test_another_seed_gives_another_search(cls):
 def test_an_update_of_one_episode_is_refused(cls):
     with pytest.raises(ConfigError, match=r"search\.episodes_per_update"):
         learned(cls, QuadraticEnv, batch=1)
+
+
+@pytest.mark.parametrize("cls", [*RIVALS, Reinforce, Pathwise])
+def test_a_wrapper_around_the_environment_changes_nothing(cls):
+    size = 1 if cls is Pathwise else 4
+    found = []
+    for around in (lambda env: env, RecordEpisodeStatistics):
+        env, agent = SeparableEnv(size, 6, 40), cls()
+        env.has_slopes = cls is Pathwise
+        agent.learn(around(env), seed=0, on_update=lambda _: None)
+        assert env.tokens_left == 0
+        found.append(agent.recommend(OBSERVATION)[0])
+    np.testing.assert_array_equal(*found)
+
+
+def test_smaller_updates_are_refused_below_a_wrapper():
+    env, agent = SeparableEnv(4, 6, 40), Reinforce()  # an update that follows slopes is one episode
+    with pytest.raises(ConfigError, match="'reinforce' makes an update of 1 of 4 episodes") as caught:
+        agent.learn(RecordEpisodeStatistics(env), seed=0, on_update=lambda _: None)
+    assert "env.unwrapped" in caught.value.hint
+    assert env.tokens_spent == 0
 
 
 @pytest.mark.parametrize("cls", RIVALS)
