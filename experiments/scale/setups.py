@@ -18,16 +18,16 @@ from ffgym.plan import counts
 from ffgym.plugins import manager
 from ffgym.report.layout import humane
 
-UPDATE = "search.episodes_per_update"
+EPISODE = "search.episode_tokens"
 SETUPS = [
     ("a laptop", "demo", "model.device=cpu"),
     ("a laptop, 2 workers", "demo", "model.device=cpu workers.count=2"),
     ("one GPU", "8B", ""),
     ("one GPU", "70B", ""),
-    ("eight GPUs, 8 workers", "8B", f"workers.count=8 {UPDATE}=16"),
+    ("eight GPUs, 8 workers", "8B", f"workers.count=8 {EPISODE}=8192"),
     ("eight GPUs, 1 process on all", "70B", "model.device=balanced"),
     ("eight GPUs, 2 workers on four each", "70B", "workers.count=2 workers.gpus=4 model.device=balanced"),
-    ("a cluster, 32 workers", "8B", f"workers.count=32 workers.ray_address=auto {UPDATE}=32"),
+    ("a cluster, 32 workers", "8B", f"workers.count=32 workers.ray_address=auto {EPISODE}=32768"),
 ]
 GPU = 80_000_000_000
 

@@ -28,7 +28,7 @@ from ffgym.pipeline.compare import (
 )
 from ffgym.pipeline.folder import check_output, read_record, reopen_folder
 from ffgym.pipeline.front import finish_front
-from ffgym.pipeline.plan import plan_run, planned_steps
+from ffgym.pipeline.plan import plan_run, planned_steps, slope_share
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session
@@ -119,7 +119,7 @@ def run(
             agent.update_size(config.search.episodes_per_update),
             config.workers.count,
             reporter.print,
-            config.episode_windows if agent.asks_slopes else None,
+            config.episode_windows if slope_share(config, agent, plan.shape) else None,
         )
         task = prepare(config, session, plan, cluster)
         # Before the search, so that an unfit corpus is refused early.

@@ -14,11 +14,12 @@ from ffgym.pipeline.compare import asked_rules, reference_rules
 from ffgym.pipeline.search import compares_with_random
 from ffgym.pipeline.task import needs_of
 from ffgym.plan.plan import Plan
+from ffgym.plan.shape import ModelShape
 from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING, make_reward, settings_of
 from ffgym.prepare.planning import placed, plan_of
 from ffgym.prepare.store import made_under
-from ffgym.pruning.budget import Budget
+from ffgym.pruning.budget import FEWEST, Budget
 from ffgym.report.progress import Step
 from ffgym.search.finals import expected_tokens
 
@@ -68,10 +69,32 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         saves=models * config.output.save_model + main * recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,
+        parts=_parts(config, agent, slope_share(config, agent, plan.shape), compared=compared),
         elsewhere=config.workers.ray_address is not None,
     )
     output = plan.output if config.output.dir is None else Path(config.output.dir)
     return placed(config, replace(plan, load=load, output=output))
+
+
+def slope_share(config: RunConfig, agent: Agent, shape: ModelShape) -> float:
+    """Share of a search's tokens that an agent spends on slopes; half where it also tries units of coarse sublayers."""
+    if agent.slope_episodes or not agent.asks_slopes:
+        return float(agent.asks_slopes)
+    if make_reward(config).falls_with is None or config.prune.uniform or shape.has_experts:
+        return 0.0
+    is_coarse = any(sublayer.units < FEWEST for sublayer in shape.sublayers)
+    return 0.5 if is_coarse and not config.prune.is_range else 1.0
+
+
+def _parts(config: RunConfig, agent: Agent, sloped: float, *, compared: bool) -> tuple[tuple[float, int], ...]:
+    """Of the agent's updates with slopes, its other ones, and those of the search that it is compared with.
+
+    An episode with slopes is divided into its windows, any other one is a part.
+    """
+    episodes, windows, always = config.search.episodes_per_update, config.episode_windows, agent.slope_episodes
+    size, own = agent.update_size(episodes), 1 / (1 + compared)
+    with_slopes = size - always + always * windows if always else windows
+    return (own * sloped, with_slopes), (own * (1 - sloped), size), (1 - own, episodes)
 
 
 def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:
@@ -90,11 +113,13 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
     def report(count: int) -> Step:
         return Step("report", count * load.report_tokens * per_token, count)
 
-    one_search = (seconds["search"] + seconds.get("finals", 0.0)) / load.searches
+    search = next(stage for stage in plan.stages if stage.name == "search")
+    finals = seconds.get("finals", 0.0) / load.searches
+    own, random = (plan.seconds(replace(search, parts=parts)) for parts in (search.parts[:2], search.parts[2:]))
     steps = [Step(LOADING, seconds["load"], computes=False), Step(PREPARING, seconds["prepare"])]
-    steps.append(Step(f"search: {config.agent.name}", one_search))
+    steps.append(Step(f"search: {config.agent.name}", own + finals))
     if load.searches > 1:
-        steps.append(Step("search: random", one_search))
+        steps.append(Step("search: random", random + finals))
     steps.append(report(rows))
     if others:
         steps.append(report(others))

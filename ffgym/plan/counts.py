@@ -6,7 +6,7 @@ name, and experiments/scale/memory.py compares them with what processes really n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -29,7 +29,6 @@ KERNELS, LAST_KERNELS = 800_000, 400_000
 # copy becomes its factor.
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
-SHARED = ("search", "finals")  # stages whose episodes workers share
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
 BACKWARD = 2  # a walk backwards in forward passes
@@ -71,6 +70,8 @@ class PlannedStage:
     # bytes at the peak, by what holds them; empty where that is not known
     memory: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0  # in addition to what the operations take
+    # Shares of the operations, and into how many equal parts workers divide each; empty where workers do not help.
+    parts: tuple[tuple[float, int], ...] = ()
 
     @property
     def peak(self) -> int:
@@ -305,7 +306,7 @@ def _search(shape: ModelShape, load: RunLoad) -> PlannedStage:
         slopes = _slopes(shape, load)
         # One after the other: losses, the gradient at the last layer, and layer by layer back to the first.
         memory = memory | {"activations": max(0, memory["activations"] - slopes), "slopes": slopes}
-    return PlannedStage(found.name, found.tokens, found.operations + dense, memory)
+    return PlannedStage(found.name, found.tokens, found.operations + dense, memory, parts=load.parts)
 
 
 def _slopes(shape: ModelShape, load: RunLoad) -> int:
@@ -318,7 +319,8 @@ def _slopes(shape: ModelShape, load: RunLoad) -> int:
 
 
 def _finals(shape: ModelShape, load: RunLoad) -> PlannedStage:
-    return _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * len(load.targets))
+    found = _measure(shape, load, "finals", load.finalists, load.final_tokens, load.searches * len(load.targets))
+    return replace(found, parts=((1.0, max(1, load.finalists * load.final_tokens // load.window)),))
 
 
 def _report(shape: ModelShape, load: RunLoad) -> PlannedStage:

@@ -53,7 +53,7 @@ class Plan:
     @property
     def worker_peak(self) -> int:
         """Bytes that each worker needs: it opens what was prepared, and measures."""
-        return max((stage.peak for stage in self.stages if stage.name in counts.SHARED), default=0)
+        return max((stage.peak for stage in self.stages if stage.parts), default=0)
 
     @property
     def needed(self) -> int:
@@ -68,9 +68,10 @@ class Plan:
         return self.needed <= self.free
 
     def seconds(self, stage: PlannedStage) -> float:
-        """How long a stage takes."""
-        shared = self.processes if stage.name in counts.SHARED else 1
-        return stage.seconds + self.speed.seconds(stage.operations) / shared
+        """How long a stage takes; a worker takes whole parts, and those without one wait."""
+        alone = self.speed.seconds(stage.operations)
+        busy = [share * -(-parts // self.processes) / parts for share, parts in stage.parts]
+        return stage.seconds + alone * (sum(busy) if busy else 1.0)
 
     @property
     def processes(self) -> int:

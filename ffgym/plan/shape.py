@@ -87,7 +87,9 @@ class RunLoad:
     saves: tuple[float, ...] = ()  # target of each model that is saved
     saved_in: torch.dtype | None = None  # dtype of saved models, where it is narrower
     train_tokens: int = 0  # to recover on; 0 for none
-    workers: int = 1  # processes that share the episodes of an update
+    workers: int = 1  # processes that share the parts of an update
+    # Shares of what the searches compute, and into how many parts workers divide an update of each.
+    parts: tuple[tuple[float, int], ...] = ((1.0, 1),)
     elsewhere: bool = False  # they are on a cluster, and not all on this machine
     gpu_workers: int = 1  # of those on this machine, how many find room on the GPUs that this process uses
     # Channels by which the widths of MLPs differ, where products make code for every shape, as bfloat16 ones do on a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -24,7 +25,7 @@ from ffgym.costs.latency_table import to_json
 from ffgym.errors import FitError, ModelError
 from ffgym.models.families import family_of
 from ffgym.models.loading import DEMO_SIZES, config_of
-from ffgym.pipeline.plan import plan_run
+from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.plan import counts
 from ffgym.plan.counts import PlannedStage
 from ffgym.plan.machine import MachineSpeed, free_memory, measure_speed
@@ -128,6 +129,51 @@ def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> N
     assert both.needed == both.largest.peak + 2 * both.worker_peak > plan.needed
     assert planned(eight_billion, workers=2, elsewhere=True).needed <= plan.needed
     assert planned(eight_billion, targets=(0.5,)).stages[-1].operations.model < plan.stages[-1].operations.model
+
+
+@pytest.mark.parametrize(
+    ("groups", "arguments", "shares"),
+    [
+        (8, (), [(1, 2)]),  # an update is one episode of two windows
+        (8, ("--set", "search.episode_tokens=8192"), [(1, 8)]),
+        (4, (), [(0.5, 2), (0.5, 16)]),  # then units of the attentions are tried
+        (4, ("--sparsity", "0.1:0.5"), [(1, 2)]),
+        (8, ("--uniform",), [(1, 16)]),  # where nothing has slopes
+        (8, ("--reward", "multi-objective", "--set", "reward.accuracy=0"), [(1, 16)]),
+        (8, ("--agent", "pathwise"), [(1, 2)]),
+        (8, ("--agent", "cma-es"), [(1, 16)]),
+        (8, ("--set", "search.random_baseline=true"), [(0.5, 2), (0.5, 16)]),
+    ],
+)
+def test_workers_shorten_a_search_by_the_parts_of_its_updates(
+    groups: int, arguments: tuple[str, ...], shares: list[tuple[float, int]], tmp_path: Path
+) -> None:
+    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2, "num_key_value_heads": groups}, tmp_path))
+    settings = ("model.dtype=bfloat16", "search.episodes_per_update=16", "search.random_baseline=false")
+    given = [each for one in settings for each in ("--set", one)]
+
+    def seconds(workers: int) -> float:
+        """Of the search, in seconds of the report, which no worker shortens."""
+        many = ("--workers", str(workers), "--ray-address", "auto")
+        result = call(folder, *given, *many, *arguments, "--json")
+        assert result.exit_code == 0, result.output
+        taken = {stage["stage"]: stage["seconds"] for stage in json.loads(result.stdout)["stages"]}
+        return float(taken["search"] / taken["report"])
+
+    # Of 16 parts, the busiest of 6 workers takes 3.
+    assert seconds(6) / seconds(1) == pytest.approx(
+        sum(share * math.ceil(parts / 6) / parts for share, parts in shares)
+    )
+
+
+def test_a_search_that_workers_shorten_less_is_expected_to_take_longer(tmp_path: Path) -> None:
+    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
+    config = load_config(model={"name": folder, "dtype": "bfloat16"}, workers={"count": 8, "ray_address": "auto"})
+    plan = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
+    seconds = {step.label: step.seconds for step in planned_steps(config, plan)}
+    assert seconds["search: reinforce"] > 2 * seconds["search: random"]
+    stages = sum(plan.seconds(stage) for stage in plan.stages if stage.name in ("search", "finals"))
+    assert seconds["search: reinforce"] + seconds["search: random"] == pytest.approx(stages)
 
 
 def test_a_plan_may_come_before_the_run_whose_policy_it_names(tmp_path: Path) -> None:
