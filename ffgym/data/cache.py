@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,10 @@ OTHER_CACHE = "set FFGYM_CACHE to another folder"  # what else there is to do wh
 RECORD = "sha256.json"  # in every folder, the digests of its files
 ADDED_TO = "dense-losses.jsonl"  # a file that grows while a folder is used, without a digest
 DIGESTS = FileFormat("record of digests", dict[str, str], AssetError, "Delete it: it is written again.")
-_known: dict[tuple[int, ...], str] = {}  # digests by device, inode, size and time: of a file that was moved since, too
+REMEMBERED = "digests.txt"  # in the cache, a line for each digest that took long: what it is of, and the digest
+REMEMBERED_LINE = re.compile(r"([0-9a-f]{64}) ([0-9a-f]{64})")  # others were cut off
+TICK_NS = 100_000_000  # of the clock that files have their times from, at most
+_known: dict[Path, dict[str, str]] = {}  # what these files hold
 
 
 def cache_dir() -> Path:
@@ -78,7 +83,7 @@ def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def is_whole(place: Path) -> bool:
-    """Whether the files of a folder are what was written, by their `sha256`: 0.6 s for the converted demo model."""
+    """Whether the files of a folder are what was written, by their `sha256`."""
     try:
         return all(sha256(place / name) == digest for name, digest in DIGESTS.read(place / RECORD).items())
     except (OSError, AssetError):
@@ -95,13 +100,39 @@ def _record(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Digest of a file, 64 hex digits; computed once a process and where the file changed, as files may be large."""
-    stat = path.stat()
-    key = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-    if key not in _known:
+    """Digest of a file, 64 hex digits; computed once, and again where the file has changed, as files may be large."""
+
+    def compute() -> str:
         with path.open("rb") as file:
-            _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _known[key]
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return remembered([path], compute)
+
+
+def remembered(files: Sequence[Path], compute: Callable[[], str], what: str = "") -> str:
+    """A SHA-256 of what files hold, from this or an earlier process if none of them has been written to since.
+
+    Args:
+        files: their inodes, sizes and times say whether they are the same; the time is the inode's, which nobody sets.
+        compute: computes 64 hex digits.
+        what: of their content, and in which form.
+    """
+    stats = [file.stat() for file in files]
+    states = [(stat.st_ino, stat.st_size, stat.st_ctime_ns) for stat in stats]
+    key, place = hashlib.sha256(repr((what, states)).encode()).hexdigest(), cache_dir() / REMEMBERED
+    if place not in _known:
+        text = ""
+        with suppress(OSError):
+            text = place.read_text(encoding="utf-8", errors="replace")
+        _known[place] = {match[1]: match[2] for match in map(REMEMBERED_LINE.fullmatch, text.splitlines()) if match}
+    known, now = _known[place], time.time_ns()
+    if key not in known:
+        known[key] = compute()
+        # A file that changed within a tick of the clock could have changed again without showing it.
+        if all(abs(now - stat.st_ctime_ns) > TICK_NS for stat in stats):
+            with suppress(OSError), place.open("a", encoding="utf-8") as lines:  # a cache may only be read
+                lines.write(f"{key} {known[key]}\n")
+    return known[key]
 
 
 class Scratch:

@@ -6,7 +6,7 @@ read in a thread of its own while a layer is at work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ffgym.data.cache import remembered
 from ffgym.errors import ModelError, first_line
 from ffgym.models.checkpoint import check_surplus, weight_tensors
 from ffgym.models.families import family_of
@@ -72,6 +73,12 @@ class LayerStream:
             return file.read(key).to(self._dtypes[name])
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{name} cannot be read from {file.path}: {first_line(error)}", hint=AGAIN) from error
+
+    def remembered(self, compute: Callable[[], str]) -> str:
+        """A digest of the weights, computed again where their files, names or dtypes are others; see `remembered`."""
+        files = sorted({file.path for file, _ in self._places.values()})
+        weights = [(name, key, self._dtypes[name]) for name, (_, key) in sorted(self._places.items())]
+        return remembered(files, compute, str(weights))
 
     def outside(self) -> dict[str, torch.Tensor]:
         """The weights outside of the layers, by their names in the model, on the device."""

@@ -95,15 +95,20 @@ def weights_digest(model: Any, stream: LayerStream | None = None) -> str:
     """SHA-256 of a model's weights, as it was loaded, its units not yet in order.
 
     Args:
-        stream: reads weights that are not in memory; the digest is the same as for the model in memory.
+        stream: reads weights that are not in memory; the digest is the same as for the model in memory. It is
+            computed once, and again where the files that it reads have changed.
     """
-    digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():  # a tied weight once
-        if tensor.is_meta:
-            assert stream is not None, "only a streamed model has weights on the meta device"
-            tensor = stream.read(name)
-        _add(digest, name, tensor)
-    return digest.hexdigest()
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for name, tensor in model.named_parameters():  # a tied weight once
+            if tensor.is_meta:
+                assert stream is not None, "only a streamed model has weights on the meta device"
+                tensor = stream.read(name)
+            _add(digest, name, tensor)
+        return digest.hexdigest()
+
+    return compute() if stream is None else stream.remembered(compute)
 
 
 def _add(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:

@@ -3,6 +3,8 @@ import errno
 import hashlib
 import importlib.util
 import os
+import subprocess
+import sys
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -236,6 +238,35 @@ def test_what_is_damaged_and_cannot_be_made_again_is_named(fetched, asset, by_ha
         fetch(asset)
     assert "Check the network" in raised.value.hint
     assert fetched.read_bytes() == damaged
+
+
+OPENED = """
+import sys
+from pathlib import Path
+from ffgym.data.cache import write_folder_once
+
+def read():
+    return next(int(line.split()[1]) for line in Path("/proc/self/io").read_text().splitlines() if "rchar" in line)
+
+before = read()
+write_folder_once(Path(sys.argv[1]), None)
+print(read() - before)
+"""
+
+
+def test_a_large_file_is_read_once_and_not_by_every_process(cache):
+    size = 10_000_000
+    place = write_folder_once(cache / "assets" / "large", lambda folder: (folder / "a").write_bytes(bytes(size)))
+
+    def read_by_another_process():
+        done = subprocess.run([sys.executable, "-c", OPENED, str(place)], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    read_by_another_process()
+    assert read_by_another_process() < size / 10
+    (place / "a").touch()
+    assert read_by_another_process() > size
+    assert read_by_another_process() < size / 10
 
 
 def test_files_are_read_once_a_process(asset, by_hand, monkeypatch):
