@@ -33,7 +33,8 @@ def run_finals(
     """Choose among candidates; the chosen one first, with the dense loss on the last windows and the tokens taken.
 
     A single candidate is chosen without being measured, and so is the first one where no windows are reserved. Where
-    all layers share one shape, or there is one window, all candidates are measured on all windows: there are few.
+    all layers share one shape, or there is one window, all candidates are measured on all windows: there are few. Where
+    there is but one other candidate, which nothing has chosen, all windows decide.
 
     Args:
         env: measures and judges; half of what it reserves thins out, the other half decides.
@@ -67,6 +68,7 @@ def run_finals(
     others = [i for i in everyone if i not in (*recommended, *start)]
     if all_count:
         measured.add(everyone, everywhere)
+        deciding = deciding if len(others) > 1 else everywhere  # half of them choose, where there is a choice
     seated = [*default, *_thinned_out(measured, others, thinning), *start]
     measured.add(seated, deciding)
     chosen = seated[0]

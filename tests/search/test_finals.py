@@ -78,11 +78,9 @@ class TestChoice:
     """Losses by candidate and window are made up; the policy comes first, and the dense model has 0.5."""
 
     @staticmethod
-    def run(env, losses, *, origins, reserved=12):
-        candidates = [
-            Candidate(np.zeros(6), env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3), origin)
-            for i, origin in enumerate(origins)
-        ]
+    def run(env, losses, *, origins, reserved=12, allocations=()):
+        rolled = (env.budget.project(np.roll(np.linspace(-1, 1, 6), i), 0.3) for i in range(len(origins)))
+        candidates = [Candidate(np.zeros(6), *each) for each in zip(allocations or rolled, origins, strict=True)]
         table = {c.allocation.kept: loss for c, loss in zip(candidates, losses, strict=True)}
         table[env.prunable.dense_units] = lambda window: 0.5
 
@@ -122,6 +120,17 @@ class TestChoice:
         rival = lambda window: 1.0 - errors * error - 0.01 * (-1) ** (window in deciding[::2])  # noqa: E731
         found, _ = self.run(env, [lambda window: 1.0, rival], origins=["policy", "episode 3"])
         assert found[0].origin == chosen
+
+    def test_of_two_shared_shapes_all_windows_decide(self, uniform_env):
+        """Nothing has chosen the other one, so no half has to."""
+        uniform_env.reserved = 12
+        place = {window: i for i, window in enumerate(finals_windows(uniform_env, seed=0))}
+        # 2.5 standard errors of 12 differences that are 0.01 above and below it in turn, and 1.7 of 6 of them
+        other = lambda window: 1.0 - 2.5 * 0.01 / math.sqrt(11) - 0.01 * (-1) ** place[window]  # noqa: E731
+        shapes = uniform_env.budget.shapes(0.3)
+        losses = [lambda window: 1.0, other]
+        found, _ = self.run(uniform_env, losses, origins=["policy", "shape"], allocations=shapes)
+        assert found[0].origin == "shape"
 
     def test_a_candidate_that_is_better_on_fresh_windows_does(self, env):
         found, _ = self.run(env, [self.about(1.0), self.about(0.9, 0.02)], origins=["policy", "episode 3"])
