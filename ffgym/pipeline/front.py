@@ -64,5 +64,5 @@ def finish_front(
         header=table.header,
         search_tokens=points[0].search_tokens,
         final_tokens=sum(found.final_tokens for found in points),
-        seconds=points[-1].seconds,
+        seconds=points[0].seconds + sum(found.final_seconds for found in points[1:]),
     )

@@ -41,7 +41,9 @@ class SearchResult:
         history: every episode.
         search_tokens: tokens that the agent's episodes took.
         final_tokens: tokens that the finals took.
-        seconds: wall time of search and finals, including earlier sessions of an interrupted search.
+        seconds: wall time of the search and its finals, including earlier sessions of an interrupted search. Finals of
+            other points of a front are not counted.
+        final_seconds: of them, those of the finals.
         target: the target sparsity of the search, or of this point of a front.
     """
 
@@ -51,6 +53,7 @@ class SearchResult:
     search_tokens: int
     final_tokens: int
     seconds: float
+    final_seconds: float
     target: float
 
     @property
@@ -137,20 +140,22 @@ def search_front(
         def found(
             target: float, ranked: Sequence[Candidate], dense_loss: float | None, final_tokens: int
         ) -> SearchResult:
-            recorder.count()
+            final_seconds = recorder.count()
             return SearchResult(
                 finalists=tuple(ranked),
                 dense_loss=dense_loss,
                 history=tuple(vector.history),
                 search_tokens=vector.tokens_spent,
                 final_tokens=final_tokens,
-                seconds=recorder.seconds,
+                seconds=recorder.seconds - sum(point.final_seconds for point in points),
+                final_seconds=final_seconds,
                 target=target,
             )
 
         starts = [starting_points(env, agent, target) for target in targets]
         try:
             _learn(agent, vector, seed, on_update)
+            recorder.count()
             for target, own in zip(targets, starts, strict=True):
                 candidates = contenders(env, agent, vector.history, settings.finalists, target, reach, own)
                 points.append(found(target, *run_finals(env, candidates, seed, on_finals)))

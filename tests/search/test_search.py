@@ -401,6 +401,11 @@ class TestSeconds:
         assert found.seconds == len(found.history) + found.final_tokens / 32 + measured - (stop + 1)
         assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
 
+    def test_every_point_of_a_front_has_that_of_its_own_finals(self, slow):
+        points = search_front(slow(), RandomSearch(), SETTINGS, Schedule(0.3, 2, low=0.1), (0.1, 0.2, 0.3), seed=3)
+        assert [point.final_seconds for point in points] == [point.final_tokens / 32 for point in points]
+        assert len({point.seconds - point.final_seconds for point in points}) == 1, "the search is the same"
+
 
 class TestFront:
     """A range of budgets: one history, and at every target finals of its own."""
