@@ -168,9 +168,10 @@ def target_model_folder(config: RunConfig, folder: Path, target: float) -> Path:
     return folder / f"model-{point_name(target)}"
 
 
-def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunConfig) -> ReportTable:
-    """The table with one more row: the saved refit after training."""
+def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunConfig, measured_in: str) -> ReportTable:
+    """The table, whose rows were measured in a dtype, with one more: the saved refit after training."""
     before, method = table.saved, config.recover.method
+    other = f"; measured in {recovered.dtype}, in which it was trained" if recovered.dtype != measured_in else ""
     row = replace(
         before,
         label=f"{before.label} + {method}",
@@ -180,9 +181,12 @@ def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunCon
         refit=f"{before.refit} + {method}",
         is_heuristic=False,
         is_saved=recovered.is_kept,
-        note=f"trained after the final calibration, saved in {recovered.saved.path.name}/"
-        if recovered.is_kept
-        else f"training did not lower the held-out loss and was undone: the weights of {before.label}",
+        note=(
+            f"trained after the final calibration, saved in {recovered.saved.path.name}/"
+            if recovered.is_kept
+            else f"training did not lower the held-out loss and was undone: the weights of {before.label}"
+        )
+        + other,
     )
     return replace(table, rows=(*table.rows, row))
 

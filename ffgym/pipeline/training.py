@@ -16,8 +16,11 @@ from ffgym.recover.text import RecoveryTexts
 def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> RunResult:
     """Train the saved model where the run asks for it, add its row to the table, and log the table."""
     if texts is not None and result.saved is not None:
+        measured_in, model = str(session.record.dtype), session.config.model
+        if model.dtype == "auto" and measured_in != "float16":  # auto might choose another one now
+            model = model.model_copy(update={"dtype": measured_in})
         recovered = train_and_save(
-            session.config,
+            session.config.model_copy(update={"model": model}),
             result.saved.path,
             output_folder(result.saved.path),
             session.tracker,
@@ -26,7 +29,8 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
             dense=session.config.model.name,
             texts=texts,
         )
-        result = replace(result, recovered=recovered, table=with_recovered(result.table, recovered, session.config))
+        table = with_recovered(result.table, recovered, session.config, measured_in)
+        result = replace(result, recovered=recovered, table=table)
         write_table(session.folder, result.table)
         last = tracked_result(result.table.result, result.table.dense, result.found)
         session.tracker.log_result(last, step=1)

@@ -367,7 +367,7 @@ class _Recovery:
             )
             self.checkpoint.remove()
         self.tracker.log_artifact(saved.path / CURVE)
-        return RecoveredModel(saved, table, table.rows[-1].evaluation, summary, is_kept)
+        return RecoveredModel(saved, table, table.rows[-1].evaluation, summary, is_kept, self.loaded.dtype_name)
 
     def _write_results(self, outcome: TrainingOutcome, table: RecoveryTable) -> Sequence[Path]:
         """The curve, beside the checkpoints and the configuration; of a curve that is no JSON, what else there is."""

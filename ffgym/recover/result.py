@@ -20,6 +20,7 @@ class RecoveredModel:
 
     Attributes:
         is_kept: training lowered the held-out loss; otherwise it was undone, and the weights are those from before.
+        dtype: that it was trained and measured in, e.g. ``"bfloat16"``.
     """
 
     saved: SavedModel
@@ -27,6 +28,7 @@ class RecoveredModel:
     after: Evaluation
     summary: tuple[str, ...]
     is_kept: bool
+    dtype: str
     mlflow_run: str | None = None
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.models import placement
 from ffgym.models.loading import load
 from ffgym.models.origin import dense_model
 from ffgym.pipeline import pipeline
+from ffgym.pipeline.compare import with_recovered
 from ffgym.prepare.parts import load_parts
 from ffgym.recover import lora as lora_module
 from ffgym.recover import recover
@@ -374,6 +377,25 @@ def test_a_run_that_was_interrupted_while_training_is_resumed(
     assert result.table.rows[-1].label.endswith("ridge + lora")
     assert "going on with the training" in console.file.getvalue()  # type: ignore[attr-defined]
     assert same_weights(folder / "model-recovered", finished[1].saved.path)
+
+
+def test_a_training_goes_on_in_the_dtype_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` follows the processor, and the next session may have another one."""
+    auto = {**glass_tables(tmp_path)["model"], "dtype": "auto"}
+    config = glass_config(tmp_path, model=auto, **changes(method="lora"))
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: True)
+    undo = stop(monkeypatch, lora_module, "rate_at", 3)
+    with pytest.raises(KeyboardInterrupt):
+        go(config)
+    undo()
+    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: False)
+    result, said = go(config, resume=tmp_path / "out")
+    assert "going on with the training" in said
+    assert result.recovered is not None
+    assert result.recovered.dtype == "bfloat16"
+    other = with_recovered(result.table, replace(result.recovered, dtype="float32"), config, "float16").rows[-1]
+    assert other.note.endswith("; measured in float32, in which it was trained")
+    assert "measured in" not in result.table.rows[-1].note
 
 
 def test_a_run_says_before_its_search_what_its_recovery_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
