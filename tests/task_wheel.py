@@ -202,7 +202,7 @@ def save_tiny_model(folder: Path) -> Path:
     return folder
 
 
-def save_pruned_model(dense: Path, folder: Path) -> Path:
+def save_pruned_model(dense: Path, folder: Path, origin: Any = None) -> Path:
     """The tiny llama with layers of different sizes, saved as ``ffgym run`` saves what it found."""
     from transformers import AutoTokenizer
 
@@ -212,5 +212,5 @@ def save_pruned_model(dense: Path, folder: Path) -> Path:
 
     prunable = PrunableModel(tiny_model("llama"))
     prunable.cut((1, 17, 2, 48, 1, 5))  # of 2 KV groups and 48 channels a layer
-    save_pruned(prunable, AutoTokenizer.from_pretrained(dense), folder)
+    save_pruned(prunable, AutoTokenizer.from_pretrained(dense), folder, origin=origin)
     return folder

@@ -32,7 +32,7 @@ from ffgym.data.cache import DIGESTS, write_folder_once
 from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, RecoveryError
 from ffgym.files import FileFormat, disk_errors, replacing, write_text
 from ffgym.models.checkpoint import weight_files
-from ffgym.models.origin import recorded_dense_model
+from ffgym.models.origin import FILE, Origin, recorded_dense_model
 from ffgym.pipeline.folder import RESULT, RunRecord, read_record, write_record
 from ffgym.pipeline.stored import read_front
 from ffgym.pipeline.stored import read_table as read_run_table
@@ -215,11 +215,6 @@ def _session(folder: Path) -> Path:
     return folder / "run.json"
 
 
-def _began(folder: Path) -> Path:
-    (folder / "config.toml").write_text(to_toml(CONFIG))
-    return _session(folder)
-
-
 def _latency(folder: Path) -> Path:
     (folder / "latency.json").write_text(to_json(made_up_table(tiny_model("llama"))))
     return folder / "latency.json"
@@ -284,10 +279,9 @@ KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "prepared model": (_file("record.json", json.dumps(asdict(PREPARED))), PREPARED_RECORD.read),
     "digests": (_digests, DIGESTS.read),
     "record of the dense model": (
-        _file("config.toml", to_toml(CONFIG)),
+        _file(FILE, json.dumps(asdict(Origin("models/mine", "main", "/models/mine", {"calibrated": ("a", "b")})))),
         lambda path: recorded_dense_model(path.parent),
     ),
-    "record of where it lay": (_began, lambda path: recorded_dense_model(path.parent)),
     "records for MLflow": (_outbox, lambda path: Outbox(path, "").forward(lambda record: None)),
 }
 FOREIGN = [

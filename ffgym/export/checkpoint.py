@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading_errors import quiet
+from ffgym.models.origin import FILE, Origin
 from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.report.card import LOAD_CODE
@@ -58,6 +59,7 @@ def save_pruned(
     stock: bool = False,
     towers: Towers | None = None,
     dtype: torch.dtype | None = None,
+    origin: Origin | None = None,
 ) -> SavedModel:
     """Write a pruned model to a folder, whole or not at all.
 
@@ -72,6 +74,7 @@ def save_pruned(
         stock: write a stock checkpoint of the family; all layers must have kept the same shape.
         towers: what the model was taken out of: it is written with the model in it.
         dtype: of the weights in the files; ``None`` for the model's own.
+        origin: what it was made from, written beside the weights; ``None`` leaves it out.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
@@ -88,7 +91,7 @@ def save_pruned(
         write = partial(_save_by_layer, pruned, prunable)
     else:
         write = partial(pruned.save_pretrained, max_shard_size=max_shard_size)
-    return _write(pruned, write, tokenizer, place, card, files)
+    return _write(pruned, write, tokenizer, place, card, files, origin)
 
 
 def save_again(
@@ -101,6 +104,7 @@ def save_again(
     overwrite: bool = False,
     towers: Towers | None = None,
     dtype: torch.dtype | None = None,
+    origin: Origin | None = None,
 ) -> SavedModel:
     """Write a model that was loaded from a checkpoint and changed, whole or not at all.
 
@@ -110,6 +114,7 @@ def save_again(
         overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
         towers: what the model was taken out of: it is written with the model in it.
         dtype: what the model is converted to; ``None`` leaves it as it is.
+        origin: what it was made from, written beside the weights; ``None`` leaves it out.
 
     Raises:
         OutputError: the folder is occupied, cannot be written, or the disk is full.
@@ -121,7 +126,7 @@ def save_again(
         model, files = towers.whole, [*files, *towers.files]
     if dtype is not None:
         _convert(model, dtype)
-    return _write(model, model.save_pretrained, tokenizer, place, card, files)
+    return _write(model, model.save_pretrained, tokenizer, place, card, files, origin)
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:
@@ -146,6 +151,7 @@ def _write(
     place: Path,
     card: str | None,
     files: Sequence[Path],
+    origin: Origin | None,
 ) -> SavedModel:
     with replacing(place) as folder:
         folder.mkdir()
@@ -163,6 +169,8 @@ def _write(
             (folder / "README.md").write_text(card, encoding="utf-8")
         for file in files:
             shutil.copyfile(file, folder / file.name)
+        if origin is not None:
+            write_text(folder / FILE, json.dumps(asdict(origin), indent=2) + "\n")
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     return SavedModel(place, size, sum(parameter.numel() for parameter in model.parameters()))
 

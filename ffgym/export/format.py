@@ -122,8 +122,8 @@ def export(
 def _source(folder: Path) -> Path:
     """The folder of a model by its place, else of the demo or a model in the hub's cache by its name."""
     # Late: it needs transformers, and the base class above does not.
+    from ffgym.models.checkpoint import model_folder
     from ffgym.models.loading import checkpoint_folder
-    from ffgym.models.origin import model_folder
 
     if not folder.expanduser().exists() and is_hub_id(str(folder)):
         with suppress(OSError, ValueError):  # it is not in the cache, or the hub allows no such name

@@ -9,10 +9,10 @@ from transformers import AutoConfig
 
 from ffgym.errors import ModelError
 from ffgym.files import COPY, check_writable, write_text
+from ffgym.models.checkpoint import model_folder
 from ffgym.models.families import register_saved
 from ffgym.models.loading_errors import explained
 from ffgym.models.modeling_ffgym import PREFIX
-from ffgym.models.origin import model_folder
 from ffgym.plugins.architectures import MODEL_CONFIG, check_architecture
 
 

@@ -20,9 +20,9 @@ from ffgym.costs.sublayer_times import processor
 from ffgym.errors import ConfigError, ModelError
 from ffgym.export.format import export
 from ffgym.measure.server import Server
+from ffgym.models.checkpoint import weights_on_disk
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_config
-from ffgym.models.origin import weights_on_disk
 from ffgym.plan.machine import group_limits
 
 DENSE, PRUNED = "dense", "pruned"

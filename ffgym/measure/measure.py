@@ -27,10 +27,11 @@ from ffgym.measure.memory import MemoryProbe, measure_memory
 from ffgym.measure.pairs import units_kept
 from ffgym.measure.speed import DECODE_TOKENS, Speed, Workload, parameter_bytes, time_in_turn, work_of
 from ffgym.measure.table import Footprint, Measurement
+from ffgym.models.checkpoint import model_folder, weights_on_disk
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import LoadedModel, checkpoint_folder, context_limit, load
 from ffgym.models.modes import own_modes
-from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
+from ffgym.models.origin import DenseModel, dense_model
 from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 

@@ -27,9 +27,10 @@ from ffgym.measure.engines import DENSE, DENSE_AS_PRUNED, ENGINES, PRUNED, Serve
 from ffgym.measure.pairs import HINT
 from ffgym.measure.speed import Workload
 from ffgym.measure.table import rate
+from ffgym.models.checkpoint import model_folder, weights_on_disk
 from ffgym.models.loading import checkpoint_folder, load_config, load_tokenizer
 from ffgym.models.modeling_ffgym import PREFIX
-from ffgym.models.origin import DenseModel, dense_model, model_folder, weights_on_disk
+from ffgym.models.origin import DenseModel, dense_model
 from ffgym.report.layout import Column, Table, counted, text_columns
 from ffgym.report.progress import Reporter
 

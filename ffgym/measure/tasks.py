@@ -318,8 +318,7 @@ def _dense_of(names: Sequence[str]) -> DenseModel | None:
 
 def _loaded_name(name: str) -> str:
     """What `load` takes for it."""
-    from ffgym.models.checkpoint import models_of_run
-    from ffgym.models.origin import model_folder
+    from ffgym.models.checkpoint import model_folder, models_of_run
 
     if name == "demo":
         return name

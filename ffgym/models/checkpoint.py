@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ NUMBERED_BLOCK = re.compile(r"[^\d]*?\.(?=\d+\.)")
 ADAPTER = "adapter_config.json"
 MERGE = "Merge it: merge_and_unload of PEFT's model, then save_pretrained into another folder"
 PICKLED = ("*.bin", "*.pt", "*.pth")
+# The names in a safetensors header of what torch calls otherwise.
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 MODEL_OF_RUN = re.compile(r"model(-[01]\.\d+)?(-recovered)*")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -99,10 +104,59 @@ def weight_tensors(folder: Path) -> dict[str, TensorFile]:
     return tensors
 
 
+def weights_on_disk(folder: Path) -> tuple[int, str]:
+    """Bytes of a checkpoint's safetensors files, those that are loaded, and what dtype most numbers in them have.
+
+    Raises:
+        ModelError: there are none, or one is damaged or missing.
+    """
+    tensors = weight_tensors(folder)
+    if not tensors:
+        raise ModelError(f"{str(folder)!r} holds no .safetensors file", hint=AGAIN)
+    numbers: Counter[str] = Counter()
+    for name, file in tensors.items():
+        numbers[file.dtype(name)] += math.prod(file.shape(name))
+    dtype = numbers.most_common(1)[0][0]
+    return sum(file.stat().st_size for file in weight_files(folder)), DTYPES.get(dtype, dtype)
+
+
 def models_of_run(folder: Path) -> list[str]:
     """Names of the models in the folder of a run: ``model``, or one for each budget; and what training made of them."""
     names = [path.parent.name for path in folder.glob("model*/config.json")]
     return sorted(filter(MODEL_OF_RUN.fullmatch, names))
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of a saved model: the one given, or ``model`` in the folder of a run that holds no other.
+
+    Raises:
+        ModelError: it is a file, or it holds no model, or it is that of a run and holds several.
+    """
+    place = folder.expanduser()
+    if not place.exists():
+        raise ModelError(f"{str(folder)!r} does not exist", hint="Name the folder of a saved model, e.g. runs/x/model.")
+    if place.is_file():
+        raise ModelError(
+            f"{str(folder)!r} is a file, not the folder of a saved model",
+            hint="Name the folder that it lies in or was made from, e.g. runs/x/model. ffgym makes GGUF files itself.",
+        )
+    if (place / "config.json").is_file():
+        return place
+    if models := models_of_run(place):
+        if models == ["model"]:
+            return place / "model"
+        raise ModelError(
+            f"{str(folder)!r} holds several models: {', '.join(models)}", hint=f"Name one, e.g. {folder / models[0]}."
+        )
+    if (place / "config.toml").is_file():
+        go_on = f"ffgym run --resume {shlex.quote(str(folder))}"
+        if (place / "report.json").is_file():
+            go_on += " --set output.save_model=true"
+        raise ModelError(f"the run in {str(folder)!r} has saved no model", hint=f"Continue it: {go_on}")
+    raise ModelError(
+        f"{str(folder)!r} holds no model: config.json is missing, also from model/ in it",
+        hint="Name the folder of a saved model, e.g. runs/x/model.",
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

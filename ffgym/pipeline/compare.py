@@ -8,18 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from ffgym.config.mixture import Corpora
 from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
-from ffgym.models.origin import absolute_name, hub_base, stated_license
+from ffgym.models.origin import Use, hub_base, origin_from
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.plugins.contracts import check_reward
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.pruning.budget import width_step
 from ffgym.recover.result import RecoveredModel
-from ffgym.report.card import model_card
+from ffgym.report.card import model_card, stated_license
 from ffgym.report.front import point_name
 from ffgym.report.layout import humane, percent
 from ffgym.report.paired import paired_difference, standard_error
@@ -261,12 +262,13 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         return table, None
     is_demo = config.model.name == "demo"
     name, allocation = Path(config.model.name).name, found.best.allocation
-    # What the command in the card reads, and where the dense model lies.
-    records = ["config.toml"] + ["run.json"] * (absolute_name(config.model.name) is not None)
+    texts: dict[Use, Corpora] = {"calibrated": config.data.calibration}
+    if config.searches:
+        texts["searched"] = config.data.search
     card = model_card(
         title=f"{name}, {percent(found.target)} of {config.prune.resource} pruned",
         base_model=hub_base(config.model.name),
-        license=DEMO_LICENSE if is_demo else stated_license(Path(config.model.name).expanduser()),
+        license=DEMO_LICENSE if is_demo else stated_license(Path(config.model.name).expanduser() / "README.md"),
         table=table,
         sublayers=prunable.sublayers,
         allocation=allocation,
@@ -283,11 +285,12 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         task.loaded.tokenizer,
         folder,
         card=card,
-        files=[folder.parent / record for record in records],
+        files=[folder.parent / "config.toml"],  # what the command in the card reads
         stock=config.prune.uniform,
         towers=task.loaded.towers,
         dtype=task.loaded.saved_dtype,
         overwrite=True,  # a resumed run may have saved it before; a folder of anything else is never replaced
+        origin=origin_from(config.model.name, config.model.revision, texts),
     )
 
 

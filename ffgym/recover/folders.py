@@ -9,12 +9,13 @@ from pathlib import Path
 from ffgym.errors import OutputError
 from ffgym.export.checkpoint import refuse_occupied
 from ffgym.files import OUTPUT_OPTION, check_writable, exclusive_lock
-from ffgym.models.origin import model_folder, record_files
+from ffgym.models.checkpoint import model_folder
 
 
 def find_run_config(folder: Path) -> Path | None:
-    """``config.toml`` of the run that saved the model of a folder, where it lies in its usual place."""
-    return next((path for path in record_files(model_folder(folder).resolve()) if path.is_file()), None)
+    """``config.toml`` of the run that saved the model of a folder, where it lies in that folder or beside it."""
+    model = model_folder(folder).resolve()
+    return next((path for place in (model, model.parent) if (path := place / "config.toml").is_file()), None)
 
 
 def output_folder(source: Path) -> Path:

@@ -25,10 +25,11 @@ from ffgym.errors import FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.checkpoint import is_stock, save_again
 from ffgym.interrupts import held_back_interrupts
+from ffgym.models.checkpoint import model_folder, weights_on_disk
 from ffgym.models.families import family_of_pair
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.modes import own_modes
-from ffgym.models.origin import CARD, DenseModel, model_folder, recorded_dense_model, recorded_name, weights_on_disk
+from ffgym.models.origin import DenseModel, origin_from, recorded_dense_model, texts_of
 from ffgym.models.placement import choose_device, choose_dtype, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
@@ -37,7 +38,7 @@ from ffgym.recover.checkpoint import Checkpoint, weights_digest
 from ffgym.recover.folders import check_recovery_output, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, RecoveredModel
-from ffgym.recover.table import Measured, RecoveryTable, recovered_card
+from ffgym.recover.table import CARD, Measured, RecoveryTable, recovered_card
 from ffgym.recover.text import RecoveryTexts, gather
 from ffgym.report.layout import strict
 from ffgym.report.progress import Reporter
@@ -343,6 +344,9 @@ class _Recovery:
         text, method = self.texts.training, self.method.name
         summary = (outcome.summary, gain, f"Training text: {text.source}.")
         files = self._write_results(outcome, table)
+        texts = dict(texts_of(self.source))
+        if is_kept:
+            texts["trained"] = self.config.recover.corpus or self.config.data.calibration
         old_card = self.source / "README.md"
         card = recovered_card(
             title=f"{place.name}: pruned, then {method}" if is_kept else f"{place.name}: pruned",
@@ -364,6 +368,7 @@ class _Recovery:
                 overwrite=overwrite,
                 towers=self.loaded.towers,
                 dtype=self.loaded.saved_dtype,
+                origin=origin_from(self.dense, self.config.model.revision, texts),
             )
             self.checkpoint.remove()
         self.tracker.log_artifact(saved.path / CURVE)
@@ -381,11 +386,7 @@ class _Recovery:
         except PluginError as error:
             self.reporter.print(f"{CURVE} is without the curve: {error.message}")
             text = content({})
-        written = {CURVE: text}
-        if self.dense is not None and (place := recorded_name(self.dense)):
-            written["run.json"] = json.dumps({"dense": place}) + "\n"
-        paths = [self.checkpoint.write(name, text) for name, text in written.items()]
-        return [self.checkpoint.folder / "config.toml", *paths]
+        return [self.checkpoint.folder / "config.toml", self.checkpoint.write(CURVE, text)]
 
 
 def _parameters(model: Any) -> dict[str, str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ffgym.models.origin import split_card
+from ffgym.errors import ModelError
+from ffgym.files import FileFormat
 from ffgym.report.card import TAGS, loading
 from ffgym.report.layout import Column, Table, humane
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import Evaluation, JSONDict
 
+CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
 TRIED = "A pruned model. Training it after pruning was tried and undone: these are the weights from before."
 
 
@@ -94,7 +97,7 @@ def recovered_card(
     Returns:
         YAML front matter, that of the earlier card where it has one, and Markdown.
     """
-    front, body = split_card(before or "")
+    front, body = _split(before or "")
     sections = [
         front or "\n".join(["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in TAGS), "---"]),
         f"# {title}",
@@ -110,6 +113,12 @@ def recovered_card(
     if body:
         sections += ["## The model before that", "What follows is its card as it was.", _demoted(body)]
     return "\n\n".join(sections) + "\n"
+
+
+def _split(text: str) -> tuple[str, str]:
+    """The YAML front matter of a model card with its dashes, empty where there is none, and the rest."""
+    found = re.match(r"\s*(---\n.*?^---)$(.*)", text, flags=re.DOTALL | re.MULTILINE)
+    return (found[1], found[2].strip()) if found else ("", text.strip())
 
 
 def _demoted(text: str) -> str:

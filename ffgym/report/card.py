@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub.repocard import metadata_load
 
 from ffgym.report.layout import Column, Table, humane
 from ffgym.report.table import ReportTable, Row, perplexity_text
 from ffgym.types import Allocation, Kind, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
+LICENSE_KEYS = ("license", "license_name", "license_link")
 UNITS: dict[Kind, str] = {
     "attention": "attention: KV groups",
     "mlp": "MLP: intermediate channels",
@@ -102,6 +106,15 @@ def _front_matter(base_model: str | None, license: Mapping[str, str], task: str)
         lines.append(f"base_model: {json.dumps(base_model)}")
     lines += [f"{key}: {json.dumps(value)}" for key, value in license.items()]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
+
+
+def stated_license(card: Path) -> dict[str, str]:
+    """What the card of a model says of its licence, by the Hub's keys; empty where there is none that can be read."""
+    try:
+        front = metadata_load(card) or {}
+    except Exception:  # somebody else wrote it, or nobody
+        return {}
+    return {key: front[key] for key in LICENSE_KEYS if isinstance(front.get(key), str)}
 
 
 def loading(*, stock: bool, towers: bool = False) -> str:

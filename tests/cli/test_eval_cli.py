@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.cli.measure import evaluate
 from ffgym.measure import task_definitions, tasks
+from ffgym.models.origin import Origin, Use
 from ffgym.report.paired import paired_difference
 from ffgym.testing.models import tiny_model
 
@@ -215,11 +216,9 @@ def test_text_that_a_model_was_made_from_is_said_by_whatever_name(folder: Path, 
     copy, other, run = tmp_path / "copy.txt", tmp_path / "other.txt", tmp_path / "run"
     copy.write_text(text.read_text())
     other.write_text(text.read_text().replace("w1 ", "w2 "))
-    for name in ("model", "model-recovered"):
-        shutil.copytree(folder, run / name)
-    (run / "model-recovered" / "recovery.json").write_text("{}")
-    data = f'calibration = "{text}"\nsearch = ["3*{copy}", "{other}"]\nreport = "{other}"'
-    (run / "config.toml").write_text(f'[data]\n{data}\n[agent]\nname = "cma-es"\n[recover]\ncorpus = "{other}"\n')
+    texts: dict[Use, Any] = {"calibrated": str(text), "searched": (f"3*{copy}", str(other))}
+    task_wheel.save_pruned_model(folder, run / "model", Origin(texts=texts))
+    task_wheel.save_pruned_model(folder, run / "model-recovered", Origin(texts={**texts, "trained": str(other)}))
     arguments = (str(run / "model"), str(run / "model-recovered"), str(folder), "--limit", "2")
     shown = " ".join(call(*arguments, "--text", str(copy)).stdout.split())
     assert f"{copy} is what {run}/model was calibrated and searched on: it looks better there than on" in shown
@@ -227,7 +226,8 @@ def test_text_that_a_model_was_made_from_is_said_by_whatever_name(folder: Path, 
     models = json.loads(call(*arguments, "--text", str(other), "--json").stdout)["models"]
     uses = [model["texts"][str(other)]["uses"] for model in models]
     assert uses == [["searched"], ["searched", "trained"], []]
-    (run / "config.toml").write_text("no TOML")
+    for record in run.rglob("ffgym.json"):
+        record.write_text("no JSON")
     assert "it looks better" not in call(*arguments, "--text", str(copy)).stdout
 
 
@@ -244,8 +244,7 @@ def test_models_of_two_tokenizers_are_not_compared(folder: Path, text: Path, tmp
 
 def run_of(dense: str, folder: Path, run: Path) -> str:
     """A run that pruned a model, and saved it."""
-    task_wheel.save_pruned_model(folder, run / "model")
-    (run / "config.toml").write_text(f"[model]\nname = {json.dumps(dense)}\n")
+    task_wheel.save_pruned_model(folder, run / "model", Origin(dense))
     return str(run)
 
 
@@ -268,8 +267,8 @@ def test_dense_is_the_model_that_the_others_were_pruned_from(
         ([], "cannot tell which model 'dense' is"),
         (["{folder}"], "cannot tell which model 'dense' is"),
         (["{run}", "{demo}"], "'{run}' was pruned from '{folder}' and '{demo}' was pruned from 'demo'"),
-        (["{gone}"], "{gone}/config.toml names './gone' as the dense model: "),
-        (["{damaged}"], "{damaged}/config.toml is no record of a dense model"),
+        (["{gone}"], "{gone}/model/ffgym.json names './gone' as the dense model: "),
+        (["{damaged}"], "{damaged}/model/ffgym.json is no record of a dense model"),
     ],
 )
 def test_a_dense_model_that_nobody_can_tell(
@@ -277,7 +276,7 @@ def test_a_dense_model_that_nobody_can_tell(
 ) -> None:
     bases = {"run": str(folder), "demo": "demo", "gone": "./gone", "damaged": "demo"}
     names = {name: run_of(base, folder, tmp_path / name) for name, base in bases.items()} | {"folder": str(folder)}
-    (tmp_path / "damaged" / "config.toml").write_text("no TOML")
+    (tmp_path / "damaged" / "model" / "ffgym.json").write_text("no JSON")
     done = call("dense", *(each.format(**names) for each in others), "--text", str(text))
     refused(done, complaint.format(**names))
     assert "the demo model is called demo" in " ".join(done.stderr.split())

@@ -18,6 +18,7 @@ from ffgym.errors import ModelError, OutputError
 from ffgym.export.checkpoint import save_pruned
 from ffgym.export.format import Exported, export
 from ffgym.models.cut import PrunableModel
+from ffgym.models.origin import Origin, origin_from
 from ffgym.models.sublayer import parameter
 from ffgym.testing.models import tiny_model
 
@@ -25,7 +26,7 @@ IDS = torch.randint(3, 128, (60,), generator=torch.Generator().manual_seed(7))
 UNEVEN, EMPTIED = (1, 17, 2, 48, 1, 5), (1, 17, 0, 48, 2, 0)
 
 
-def saved(folder: Path, kept: Sequence[int], family: str = "llama", **config: Any) -> Any:
+def saved(folder: Path, kept: Sequence[int], family: str = "llama", origin: Origin | None = None, **config: Any) -> Any:
     """A tiny model, cut, and its checkpoint in the folder."""
     model: Any = tiny_model(family)
     for name, value in config.items():
@@ -34,7 +35,7 @@ def saved(folder: Path, kept: Sequence[int], family: str = "llama", **config: An
         model.lm_head.weight = model.get_input_embeddings().weight
     prunable = PrunableModel(model)
     prunable.cut(kept)
-    save_pruned(prunable, byte_level(), folder)
+    save_pruned(prunable, byte_level(), folder, origin=origin)
     return model
 
 
@@ -128,14 +129,12 @@ def test_the_model_itself_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_the_dense_model_of_the_run_is_never_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even from where another folder has its name."""
-    saved(tmp_path / "run" / "model", UNEVEN)
     saved(tmp_path / "models" / "mine", (2, 48) * 3)
-    (tmp_path / "run" / "config.toml").write_text("[model]\nname = 'models/mine'\n")
     monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "run" / "model", UNEVEN, origin=origin_from("models/mine", None, {}))
     for place in ("models/mine", "models"):
         with pytest.raises(OutputError, match=f"would delete the dense model in {tmp_path}/models/mine"):
             export(tmp_path / "run", Path(place), name="nemotron-nas", overwrite=True)
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"dense": str(tmp_path / "models" / "mine")}))
     monkeypatch.chdir(tmp_path / "run")
     with pytest.raises(OutputError, match="would delete the dense model"):
         export(tmp_path / "run", tmp_path / "models" / "mine", name="nemotron-nas", overwrite=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 import tempfile
 import time
@@ -18,18 +17,18 @@ from glass_runs import glass_home
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
+from ffgym.models.origin import Origin
 from ffgym.plan import machine
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run: a model whose layers differ in size, and the configuration that names the dense one."""
+    """The folder of a run: a model whose layers differ in size, and the record that names the dense one."""
     folder, dense, kept = tmp_path_factory.mktemp("run"), str(glass_home() / "glass"), (2, 200, 1, 300, 2, 256, 1, 127)
     loaded = load(dense, dtype="float32", device="cpu")
     prunable = PrunableModel(loaded.model)
     prunable.cut(kept)
-    save_pruned(prunable, loaded.tokenizer, folder / "model")
-    (folder / "config.toml").write_text(f"[model]\nname = {json.dumps(dense)}\n")
+    save_pruned(prunable, loaded.tokenizer, folder / "model", origin=Origin(dense))
     return folder
 
 

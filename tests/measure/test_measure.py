@@ -103,9 +103,10 @@ def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children:
 
 
 def test_the_dense_model_can_be_named(run: Path, no_children: list[Any], tmp_path: Path) -> None:
-    alone = shutil.copytree(run / "model", tmp_path / "alone")
-    with pytest.raises(ConfigError, match="cannot tell which dense model"):
+    alone = shutil.copytree(run / "model", tmp_path / "alone", ignore=shutil.ignore_patterns("ffgym.json"))
+    with pytest.raises(ConfigError, match="cannot tell which dense model") as caught:
         measure_quickly(alone)
+    assert "--dense" in str(caught.value.hint)
     result = measure_quickly(alone, dense=str(glass_home() / "glass"))
     assert result.dense.parameters == 852_608
 
@@ -166,8 +167,8 @@ def test_a_dense_model_of_another_family(run: Path, tmp_path: Path) -> None:
 
 def test_a_record_that_leads_nowhere_is_named(run: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(run, tmp_path / "moved")
-    (moved / "config.toml").write_text('[model]\nname = "no/such/folder/here"\n')
-    with pytest.raises(ModelError, match=r"config\.toml names 'no/such/folder/here' as the dense model") as raised:
+    (moved / "model" / "ffgym.json").write_text('{"dense": "no/such/folder/here"}')
+    with pytest.raises(ModelError, match=r"ffgym\.json names 'no/such/folder/here' as the dense model") as raised:
         measure_quickly(moved)
     assert "--dense" in str(raised.value.hint)
 

@@ -370,7 +370,7 @@ def test_a_run_of_a_folder_never_goes_on_with_the_hubs_model_of_that_name(
         go(began, resume=tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     go(began, resume=tmp_path / "out")
-    assert str(tmp_path) not in (tmp_path / "out/model/run.json").read_text(), "the model may be published"
+    assert str(tmp_path) not in (tmp_path / "out/model/ffgym.json").read_text(), "the model may be published"
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(stopped: Path, tmp_path: Path) -> None:

@@ -378,6 +378,13 @@ def test_the_model_has_the_configuration_beside_it_that_its_card_reruns(finished
     assert (model / "config.toml").read_bytes() == (finished.folder / "config.toml").read_bytes()
 
 
+def test_the_model_says_what_it_was_made_from(finished: Finished) -> None:
+    record = json.loads((finished.folder / "model" / "ffgym.json").read_text())
+    data, glass = finished.config.data, str(glass_home() / "glass")
+    texts = {"calibrated": data.calibration, "searched": data.search}
+    assert record == {"dense": glass, "revision": None, "place": glass, "texts": texts}
+
+
 def test_its_dtype_and_the_licence_on_its_card_are_the_dense_checkpoints(finished: Finished, tmp_path: Path) -> None:
     dense = shutil.copytree(glass_home() / "glass", tmp_path / "dense")
     AutoModelForCausalLM.from_pretrained(dense, dtype="bfloat16").save_pretrained(dense)

@@ -28,9 +28,10 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
+from ffgym.export.refresh import refresh
 from ffgym.models import placement
 from ffgym.models.loading import load
-from ffgym.models.origin import dense_model
+from ffgym.models.origin import dense_model, texts_of
 from ffgym.pipeline import pipeline
 from ffgym.pipeline.compare import with_recovered
 from ffgym.prepare.parts import load_parts
@@ -45,7 +46,8 @@ pytestmark = pytest.mark.usefixtures("only_builtins")
 SHORT = {"tokens": 1024, "batch_tokens": 256, "evaluate_every": 2, "held_out_tokens": 256}
 OWN = {"lora": {"checkpoint_every": 2}}  # options of a method
 STEPS = 4
-BESIDE = {"config.toml", "recovery.json", "README.md", "modeling_ffgym.py", "model.safetensors"}
+NO_RECORD = shutil.ignore_patterns("config.toml", "ffgym.json")
+BESIDE = {"config.toml", "ffgym.json", "recovery.json", "README.md", "modeling_ffgym.py", "model.safetensors"}
 
 
 def changes(method: str = "none", **recover: Any) -> dict[str, dict[str, Any]]:
@@ -522,8 +524,7 @@ def test_without_a_method_or_a_dense_model_nothing_starts(folder: Path, monkeypa
         error = fails(folder, RecoveryError, "peft")
     assert "pip install" in str(error.hint)
     config = with_dense(configured(folder, "distil-mlp"), None)
-    for record in folder.rglob("config.toml"):
-        record.unlink()
+    (folder / "model" / "ffgym.json").unlink()
     error = fails(folder, RecoveryError, "needs the dense model", config=config)
     assert "--model" in str(error.hint)
 
@@ -553,8 +554,7 @@ def test_a_model_of_16_bits_that_is_trained_in_float32_is_saved_in_16(folder: Pa
 @pytest.mark.parametrize("dense", [None, "no-such-folder/at/all"])
 def test_without_a_dense_model_the_table_has_two_rows(folder: Path, dense: str | None) -> None:
     config = with_dense(configured(folder), dense)
-    for record in folder.rglob("config.toml"):
-        record.unlink()
+    (folder / "model" / "ffgym.json").unlink()
     result = recovered(folder, config=config)
     assert [row.label for row in result.table.rows] == ["before", "lora"]
 
@@ -604,7 +604,7 @@ def test_a_model_that_was_copied_away_from_its_run_has_what_it_needs(folder: Pat
 
 
 def test_a_model_without_its_run_needs_the_options(folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder / "model", tmp_path / "lonely" / "model", ignore=shutil.ignore_patterns("config.toml"))
+    shutil.copytree(folder / "model", tmp_path / "lonely" / "model", ignore=NO_RECORD)
     tables = glass_tables(tmp_path, **changes())
     (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
     done = call(str(tmp_path / "lonely" / "model"), "--method", "distil-mlp")
@@ -630,13 +630,17 @@ def test_the_dense_model_is_found_from_everywhere(tmp_path: Path, monkeypatch: p
     again = recovered(went.folder / "model", output="trained")
     assert [row.label for row in again.table.rows] == ["dense", "before", "lora"]
     alone = shutil.move(went.folder / "model", "alone")
+    refresh(Path(alone))
     for model in (alone, went.folder / "model-recovered", again.saved.path):
         assert dense_model(Path(model), None).name == str(tmp_path / "models" / "mine")
+    text = str(glass_home() / "c4.txt")
+    made = {"calibrated": text, "searched": text}
+    assert (texts_of(Path(alone)), texts_of(again.saved.path)) == (made, made | {"trained": text})
 
 
 def test_a_dense_model_that_nobody_knows_is_not_made_up(folder: Path, tmp_path: Path) -> None:
     """Neither from a file that leaves the model out, nor from what an earlier training wrote without knowing it."""
-    shutil.copytree(folder / "model", tmp_path / "lonely", ignore=shutil.ignore_patterns("config.toml"))
+    shutil.copytree(folder / "model", tmp_path / "lonely", ignore=NO_RECORD)
     tables = glass_tables(tmp_path, **changes())
     (tmp_path / "data.toml").write_text(tomli_w.dumps({key: tables[key] for key in ("data", "search", "tracking")}))
     small = ("--method", "lora", "--tokens", "1k", "--set", f"recover.batch_tokens={4 * WINDOW}")

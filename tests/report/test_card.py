@@ -1,9 +1,10 @@
 import re
 
+import pytest
 import yaml
 from table_costs import table_costs
 
-from ffgym.report.card import model_card
+from ffgym.report.card import model_card, stated_license
 from ffgym.report.table import ReportTable, Row
 from ffgym.types import Allocation, Sublayer
 
@@ -99,3 +100,27 @@ def test_it_names_the_kinds_of_sublayers_that_the_model_has_and_no_others():
     assert "of its attention and MLP sublayers and experts removed" in text
     assert "| layer | attention: KV groups | MLP: intermediate channels | experts |\n" in text
     assert "| 1 | 1 of 3 |  | 5 of 8 |" in text
+
+
+class TestLicense:
+    @pytest.mark.parametrize(
+        ("front", "said"),
+        [
+            ("license: mit", {"license": "mit"}),
+            ("license: 'apache-2.0'  # as the base", {"license": "apache-2.0"}),
+            (
+                'base_model: a/b\nlicense: other\nlicense_name: "one\'s own"\nlicense_link: https://x.org/#terms',
+                {"license": "other", "license_name": "one's own", "license_link": "https://x.org/#terms"},
+            ),
+            ("license: [mit, apache-2.0]\ntags:\n- license: mit", {}),
+            ("license:\n- mit", {}),
+        ],
+    )
+    def test_is_what_the_card_says_of_it(self, front, said, tmp_path):
+        (tmp_path / "README.md").write_text(f"---\n{front}\n---\nlicense: not/this\n")
+        assert stated_license(tmp_path / "README.md") == said
+
+    def test_no_card_or_a_damaged_one_ends_no_run(self, tmp_path):
+        assert stated_license(tmp_path / "README.md") == {}
+        (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+        assert stated_license(tmp_path / "README.md") == {}
