@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ffgym.export.format import Exported, ExportFormat
     from ffgym.measure.metrics import Metric
     from ffgym.models.families import Family, Stock
-    from ffgym.pipeline.pipeline import run
     from ffgym.pipeline.result import FinishedRun, RunResult
+    from ffgym.pipeline.start import run
     from ffgym.prepare.calibrations import Calibration, Consumer
     from ffgym.pruning.calibration import ConsumerPath
     from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
@@ -78,7 +78,7 @@ _LATE = {
     "RunResult": "ffgym.pipeline.result",
     "Stock": "ffgym.models.families",
     "load_config": "ffgym.config.toml",
-    "run": "ffgym.pipeline.pipeline",
+    "run": "ffgym.pipeline.start",
 }
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import tomli_w
 from rich.console import Console
 
+from ffgym import run
 from ffgym.config.tables import RunConfig
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.pipeline import run
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import RunResult
-from ffgym.pipeline.settle import settle
+from ffgym.pipeline.start import settle
 from ffgym.report.table import Row
 
 EPISODES, PER_UPDATE, WINDOW = 8, 4, 64

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from table_costs import table_costs
 
 from ffgym.pipeline.artifacts import write_table
-from ffgym.pipeline.folder import RunRecord, write_record
+from ffgym.pipeline.folder import RunFolder, RunRecord
 from ffgym.report.front import Front, FrontPoint
 from ffgym.report.table import ReportTable, Row
 from ffgym.types import Allocation
@@ -35,7 +35,7 @@ def write_run(parent: Path, name: str, *, windows: str = "abc", **data: Any) -> 
         row("reinforce + ridge", LOSSES.get(name, LOSSES["one"]), 0.2, is_found=True, is_saved=True, refit="ridge"),
     )
     write_table(folder, ReportTable(rows, "how it was measured", windows))
-    write_record(folder, RunRecord(results=("report.json",)))
+    RunFolder(folder).note(RunRecord(results=("report.json",)))
     return folder
 
 

@@ -33,7 +33,7 @@ from ffgym.errors import ConfigError, DataError, FFGymError, OutputError, Recove
 from ffgym.files import FileFormat, disk_errors, replacing, write_text
 from ffgym.models.checkpoint import weight_files
 from ffgym.models.origin import FILE, Origin, recorded_dense_model
-from ffgym.pipeline.folder import RESULT, RunRecord, read_record, write_record
+from ffgym.pipeline.folder import RESULT, RunFolder, RunRecord, read_record
 from ffgym.pipeline.stored import read_front
 from ffgym.pipeline.stored import read_table as read_run_table
 from ffgym.plugins.architectures import MODEL_CONFIG
@@ -211,7 +211,7 @@ def _episodes(folder: Path) -> Path:
 
 
 def _session(folder: Path) -> Path:
-    write_record(folder, RunRecord("0" * 32, "float32"))
+    RunFolder(folder).note(RunRecord("0" * 32, "float32"))
     return folder / "run.json"
 
 

@@ -84,8 +84,8 @@ def run_in(folder: Path, placement: str, window: int) -> None:
     """The run, and what came out of it."""
     from rich.console import Console
 
+    from ffgym import run
     from ffgym.config.toml import load_config
-    from ffgym.pipeline.pipeline import run
 
     config = load_config(
         model={"name": str(folder / "model"), "dtype": "bfloat16", "device": "cpu", "placement": placement},

@@ -43,7 +43,7 @@ from ffgym.files import Strict
 from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.search import tracked_search
-from ffgym.pipeline.settle import check_plugins
+from ffgym.pipeline.start import check_plugins, settle
 from ffgym.plugins.bases import Reward
 from ffgym.prepare.parts import budget_in, examples_for, make_reward
 from ffgym.report.progress import Reporter
@@ -333,7 +333,7 @@ def read_settings(file: Path) -> Settings:
     try:
         settings = Settings.model_validate(read_toml(file))
         for label in (*settings.rewards, *settings.judges):
-            check_plugins(settings.config(label, settings.seeds[0]))
+            check_plugins(settle(settings.config(label, settings.seeds[0])))
     except ValidationError as error:
         model = RunConfig if error.title == "RunConfig" else Settings
         raise config_error(error, model) from None

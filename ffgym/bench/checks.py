@@ -14,7 +14,7 @@ from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError
 from ffgym.pipeline.agent import policy_digest
-from ffgym.pipeline.settle import check_plugins
+from ffgym.pipeline.start import check_plugins
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
 from ffgym.plugins.contracts import update_episodes
@@ -54,6 +54,7 @@ def check_benches(benches: Sequence[Bench]) -> dict[Path, CellResult]:
                 f"a worker computes a whole cell, and {cell.label} has workers.count = {cell.config.workers.count}",
                 hint="Leave [run.workers] out: ffgym bench --workers N computes N cells at a time.",
             )
+        configured.check_agent_fits(cell.config)
         check_plugins(cell.config)
         _check_measurements(cell)
         if digests.setdefault(cell.path.resolve(), cell.digest) != cell.digest:

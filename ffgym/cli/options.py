@@ -17,7 +17,6 @@ import typer
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
-from ffgym.prepare.configured import resolve_agent
 
 PANELS = {
     "What searches": {
@@ -95,7 +94,7 @@ def configured(flags: Iterable[str]) -> Callable[[Callable[..., None]], Callable
             file, overrides = given.pop("of_config"), given.pop("of_set")
             values = {KEYS[flag]: given.pop(name) for flag, name in names.items()}
             start = file or _stored(given.get("resume"))
-            command(config=resolve_agent(load_config(start, overrides or [], **_tables(values))), **given)
+            command(config=load_config(start, overrides or [], **_tables(values)), **given)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
         made = [_parameter(name, _annotation(flag, KEYS[flag])) for flag, name in names.items()]
@@ -145,15 +144,13 @@ def _tables(values: dict[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def _stored(resume: Path | None) -> Path | None:
-    """The configuration file of the run that is to go on, if there is one."""
+def _stored(resume: Path | None) -> RunConfig | None:
+    """The configuration of the run that is to go on, if there is one."""
     if resume is None:
         return None
     from ffgym.pipeline.folder import stored_config
 
-    folder = resume.expanduser()
-    stored_config(folder)
-    return folder / "config.toml"
+    return stored_config(resume.expanduser())
 
 
 def _number_or_text(text: str) -> int | float | str:

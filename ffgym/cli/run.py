@@ -16,7 +16,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import ConfigError
 from ffgym.plugins.architectures import check_folder_architecture
-from ffgym.prepare.configured import check_agent_fits, meanings, with_options
+from ffgym.prepare.configured import meanings
 
 NO_COST = {"--seed", "--output", "--overwrite", "--save-at"}  # of a plan
 ResumeOption = Annotated[
@@ -43,22 +43,12 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
     ffgym run --model ./my-model --resource latency
     ffgym run --sparsity 0.1:0.5 --save-all    one policy for the whole range
     """
-    # What can be refused at once is: the imports below take seconds.
-    from ffgym.pipeline.folder import check_output, reopen_folder
-
-    spelled_out = with_options(config)
-    check_agent_fits(config)
-    check_folder_architecture(config.model.name)
-    if resume is None:
-        check_output(config)
-    else:
-        reopen_folder(resume, spelled_out)
     from rich.console import Console
 
-    from ffgym.pipeline import pipeline
+    from ffgym.pipeline import start
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
-        result = pipeline.run(config, progress=Console(stderr=True), resume=resume)
+        result = start.run(config, progress=Console(stderr=True), resume=resume)
     if as_json:
         print_json(result.to_json())
     else:
@@ -91,16 +81,18 @@ def plan(
         if context.params[parameter_of("--model")] is not None:
             raise typer.BadParameter("the model is named by --model already", param_hint="MODEL")
         config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
+    from ffgym.pipeline.start import check_plugins, settle
+
+    config = settle(config)
     check_folder_architecture(config.model.name)
     from rich.console import Console
 
     from ffgym.pipeline.plan import plan_run
-    from ffgym.pipeline.settle import settle
     from ffgym.plan.table import show, to_json
     from ffgym.plugins import manager
     from ffgym.prepare.parts import check_measurements, check_texts
 
-    config = settle(config)
+    check_plugins(config)
     check_texts(config.data)
     # search.init_from is not read: the run that writes that policy may come later
     found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
@@ -119,16 +111,18 @@ def prepare_model(config: RunConfig) -> None:
     A run with the same model, criterion, calibration, text and number of threads then opens what was prepared.
     For `bench --workers 2` on two cores, where each worker has one thread, set OMP_NUM_THREADS=1.
     """
+    from ffgym.pipeline.start import check_plugins, settle
+
+    config = settle(config)
     check_folder_architecture(config.model.name)
     from ffgym.pipeline.compare import asked_rules
-    from ffgym.pipeline.settle import settle
     from ffgym.pipeline.task import open_task
     from ffgym.plugins import manager
     from ffgym.plugins.bases import Criterion
     from ffgym.prepare.store import is_stored
     from ffgym.report.progress import Reporter
 
-    config = settle(config)
+    check_plugins(config)
     criterion: Criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     if not is_stored(criterion, config.prune.calibration):
         raise ConfigError(
@@ -144,6 +138,7 @@ def prepare_model(config: RunConfig) -> None:
 @configured(KEYS)
 def print_config(config: RunConfig) -> None:
     """Print the configuration that `run` would start with, as a TOML file that `run --config` reads."""
-    config = with_options(config)
-    check_agent_fits(config)
+    from ffgym.pipeline.start import settle
+
+    config = settle(config)
     typer.echo(to_toml(config, meanings(config)), nl=False)

@@ -8,13 +8,11 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-
-from pydantic import BaseModel, FiniteFloat
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
@@ -22,10 +20,10 @@ from ffgym.config.toml import differences, load_config
 from ffgym.costs.resource import measured_resources
 from ffgym.data.splits import ROLES
 from ffgym.errors import ConfigError, OutputError
-from ffgym.files import COPY, FileFormat, check_writable, disk_errors, exclusive_lock, is_of_disk, remove, write_text
+from ffgym.files import COPY, FileFormat, check_writable, exclusive_lock, is_of_disk, remove, write_text
 from ffgym.prepare import configured
 from ffgym.tracking.masking import masked
-from ffgym.types import JSONDict
+from ffgym.types import JSONDict, Notify
 
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
@@ -53,26 +51,8 @@ LOCK = ".lock"  # held by the run that writes into the folder
 WITHOUT_FINDINGS = frozenset({"config.toml", "run.json", LOCK})
 
 
-def claim_folder(config: RunConfig) -> Path:
-    """Make the run's folder; refuse one that holds something unless it may be overwritten, see :func:`clear_folder`.
-
-    Raises:
-        OutputError: occupied, or it cannot be made or written.
-    """
-    check_output(config)
-    named = config.output.dir
-    folder = Path("runs" if named is None else named).expanduser()
-    with _claiming(folder):
-        if named is None:
-            folder = _new_folder(folder, f"{datetime.now():%Y%m%d-%H%M%S}-{config.agent.name}-{config.criterion.name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    return folder.resolve()
-
-
 def check_output(config: RunConfig) -> None:
-    """Refuse the output folder of a configuration as :func:`claim_folder` does, as far as looking at it tells."""
+    """Refuse the output folder of a configuration as `RunFolder.claim` does, as far as looking at it tells."""
     out = config.output
     if out.dir is None:
         return
@@ -101,43 +81,9 @@ def _claiming(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _new_folder(parent: Path, name: str) -> Path:
-    """Make a folder of that name, or with a number behind it where another run has just made one."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = parent / (name if number == 1 else f"{name}-{number}")
-        with suppress(FileExistsError):
-            folder.mkdir()
-            break
-    return folder
-
-
 def contents(folder: Path) -> list[Path]:
     """What is in a folder, by name; not the lock of a run that is writing, or was killed while it wrote."""
     return sorted(path for path in folder.iterdir() if path.name != LOCK)
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder while this one writes into it; a run that was killed keeps nobody out.
-
-    Raises:
-        OutputError: another run holds it.
-    """
-    with exclusive_lock(folder / LOCK) as mine:
-        if not mine:
-            raise OutputError(
-                f"another run is writing into {folder}",
-                hint="Let it end or stop it, or choose another folder with --output DIR.",
-            )
-        yield
-
-
-def remove_half_written(folder: Path) -> None:
-    """Remove what was being written when the run was killed; the folder must be held, or the run may be alive."""
-    for path in contents(folder):
-        if (left := LEFTOVER.fullmatch(path.name)) and _is_written(left[1]):
-            remove(path)
 
 
 def stored_config(folder: Path) -> RunConfig:
@@ -165,7 +111,8 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
             folder.
 
     Raises:
-        OutputError: it is no run's folder, cannot be written, or ``output.dir`` names another.
+        OutputError: it is no run's folder, cannot be written, ``output.dir`` names another, or plugins that its search
+            needs now give other numbers.
         ConfigError: the run there is of another configuration.
     """
     folder = folder.expanduser()
@@ -186,6 +133,12 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
         raise OutputError(
             f"a run is resumed in its own folder, {folder}, and output.dir = {asked!r} is another",
             hint="Leave --output out, or start a new run there with --config and the config.toml of this one.",
+        )
+    editions = read_record(folder).editions
+    if not is_searched(folder) and editions is not None and (changed := configured.outgrown(editions, config)):
+        raise OutputError(
+            f"the search in {folder} cannot go on: {'; '.join(changed)}",
+            hint="Install what it was begun with, or start a new run with --config and its config.toml.",
         )
     check_writable(folder / "run.json", COPY)
     return folder.resolve()
@@ -221,20 +174,6 @@ def read_record(folder: Path) -> RunRecord:
     """What the sessions of this folder's run have noted."""
     path = folder / "run.json"
     return RECORD.read(path) if path.exists() else RunRecord()
-
-
-def write_record(folder: Path, record: RunRecord) -> None:
-    """Remember it for later sessions."""
-    write_text(folder / "run.json", json.dumps(asdict(record)) + "\n")
-
-
-@contextmanager
-def noting_results(folder: Path) -> Iterator[None]:
-    """Note, once the block has ended well, that the run is finished, and what it left."""
-    yield
-    (folder / "report.html").unlink(missing_ok=True)  # of the unfinished run
-    left = [path.name for path in contents(folder) if path.name == TABLE or path.name.startswith("model")]
-    write_record(folder, replace(read_record(folder), results=tuple(left)))
 
 
 def is_searched(folder: Path) -> bool:
@@ -298,90 +237,149 @@ def _refuse_what_is_foreign(folder: Path) -> None:
         )
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run wrote into a folder that was claimed to be overwritten.
-
-    Raises:
-        OutputError: something came into it since that no run writes.
-    """
-    _refuse_what_is_foreign(folder)
-    for path in contents(folder):
-        remove(path)
-
-
-@contextmanager
-def removing_if_nothing_found(folder: Path, *, made: bool = True) -> Iterator[None]:
-    """Remove a folder in which a run that ended early found nothing: the corrected command needs it.
-
-    Args:
-        made: the run made the folder; it only empties one that was there before.
-    """
-    try:
-        yield
-    except BaseException:
-        if folder.is_dir():  # nobody has deleted it meanwhile
-            # A log that was opened and holds no episode is empty.
-            found = {path.name for path in folder.iterdir() if path.is_dir() or path.stat().st_size}
-            if all(re.fullmatch(UNSENT, name) for name in found - WITHOUT_FINDINGS - _measurements()):
-                for path in contents(folder):
-                    path.unlink()
-                if made:
-                    shutil.rmtree(folder)
-        raise
-
-
-class BestSoFar(BaseModel):
-    """The parts of an ``allocation.json`` that are printed when a run ends early."""
-
-    episodes: int
-    origin: str
-    sparsity: FiniteFloat
-
-
-BEST_SO_FAR = FileFormat("allocation", BestSoFar, OutputError, MEASURE_AGAIN)
-
-
 def resume_command(folder: Path) -> str:
     """The command that continues the run in a folder."""
     return f"ffgym run --resume {shlex.quote(str(folder))}"
 
 
-def _logged(folder: Path) -> int:
-    """Bytes of the logs of episodes."""
-    return sum(log.stat().st_size for log in folder.glob("episodes*.jsonl"))
+class RunFolder:
+    """The folder that a run writes into, from the beginning of a session to its end.
 
+    Where it is to be overwritten, it is an earlier run's until `clear`.
 
-def _note_end(folder: Path, stop: BaseException) -> None:
-    """Note how a session ends early; a full disk must not hide it, and a folder that was deleted stays so."""
-    failed = masked(f"It failed: {type(stop).__name__}: {stop}")
-    ended = "It was interrupted." if isinstance(stop, KeyboardInterrupt) else failed
-    with suppress(OutputError):
-        if (folder / "run.json").exists():
-            write_record(folder, replace(read_record(folder), ended=ended))
+    Args:
+        resumed: the run goes on; ``False`` for a new one.
+        made: the run made the folder; of one that was there before, it only removes what is in it.
+    """
 
+    def __init__(self, path: Path, *, resumed: bool = False, made: bool = False) -> None:
+        self.path = path
+        self.resumed = resumed
+        self.record = read_record(path) if resumed else RunRecord()
+        self.is_ours = resumed or not contents(path)
+        self._made = made
+        self._begun_with: int | None = None  # bytes in its logs when the session began to write; None before that
 
-@contextmanager
-def saying_what_is_kept(folder: Path, reporter: Callable[[str], None]) -> Iterator[None]:
-    """After Ctrl-C, or an error that came after new episodes, print what the run has found, and how it goes on."""
-    before = _logged(folder)
-    try:
-        with disk_errors():
+    @classmethod
+    def claim(cls, config: RunConfig) -> RunFolder:
+        """Make the folder of a new run; refuse one that holds something unless it may be overwritten.
+
+        Raises:
+            OutputError: occupied, or it cannot be made or written.
+        """
+        check_output(config)  # again: since the run was started, another one may have written there
+        named = config.output.dir
+        path = Path("runs" if named is None else named).expanduser()
+        made = named is None or not path.exists()
+        with _claiming(path):
+            if named is None:
+                path = _new_folder(path, f"{datetime.now():%Y%m%d-%H%M%S}-{config.agent.name}-{config.criterion.name}")
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        return cls(path.resolve(), made=made)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out while this one writes; a run that was killed keeps nobody out.
+
+        Raises:
+            OutputError: another run holds it.
+        """
+        with exclusive_lock(self.path / LOCK) as mine:
+            if not mine:
+                raise OutputError(
+                    f"another run is writing into {self.path}",
+                    hint="Let it end or stop it, or choose another folder with --output DIR.",
+                )
             yield
-    except (KeyboardInterrupt, Exception) as stop:
-        if isinstance(stop, OutputError) and is_of_disk(stop.__cause__) and _logged(folder):
-            stop.hint = f"Make room on the disk, or make it writable again, then continue: {resume_command(folder)}"
-        _note_end(folder, stop)
-        if isinstance(stop, Exception) and _logged(folder) <= before:  # a resumed run was refused, say
-            raise
-        path, log = folder / "allocation.json", folder / "episodes.jsonl"
+
+    def clear(self) -> None:
+        """Remove what an earlier run wrote, and take the folder over.
+
+        Raises:
+            OutputError: something came into it since it was claimed that no run writes.
+        """
+        _refuse_what_is_foreign(self.path)
+        for path in contents(self.path):
+            remove(path)
+        self.is_ours = True
+
+    def begin(self, toml: str, record: RunRecord) -> None:
+        """Write the configuration and the record: from here on there is something to go on with."""
+        for path in contents(self.path):  # what was being written when an earlier session was killed
+            if (left := LEFTOVER.fullmatch(path.name)) and _is_written(left[1]):
+                remove(path)
+        write_text(self.path / "config.toml", toml)
+        self.note(record)
+        self._begun_with = self._logged()
+
+    def note(self, record: RunRecord) -> None:
+        """Remember it for later sessions."""
+        self.record = record
+        write_text(self.path / "run.json", json.dumps(asdict(record)) + "\n")
+
+    def can_go_on(self) -> bool:
+        """Whether there is something that a later session could go on with."""
+        return self.is_ours and (self.path / "run.json").exists()
+
+    def finish(self) -> None:
+        """Note that the run is finished, and what it left."""
+        (self.path / "report.html").unlink(missing_ok=True)  # of the unfinished run
+        left = [path.name for path in contents(self.path) if path.name == TABLE or path.name.startswith("model")]
+        self.note(replace(self.record, results=tuple(left)))
+
+    def end_early(self, stop: BaseException, notify: Notify) -> None:
+        """Note why a session ends early, and say what is kept and how the run goes on; remove a folder of nothing."""
+        if self._begun_with is not None and isinstance(stop, KeyboardInterrupt | Exception):
+            logged, is_asked = self._logged(), isinstance(stop, KeyboardInterrupt)
+            if isinstance(stop, OutputError) and is_of_disk(stop.__cause__) and logged:
+                again = resume_command(self.path)
+                stop.hint = f"Make room on the disk, or make it writable again, then continue: {again}"
+            ended = "It was interrupted." if is_asked else masked(f"It failed: {type(stop).__name__}: {stop}")
+            with suppress(OutputError):  # a full disk must not hide why it ends
+                if self.can_go_on():  # a folder that was deleted stays so
+                    self.note(replace(self.record, ended=ended))
+            if is_asked or logged > self._begun_with:  # a resumed run may have been refused
+                self._say_what_is_kept(stop, notify)
+        if self.is_ours and not self.resumed and self._holds_nothing():
+            for path in contents(self.path):
+                path.unlink()  # the corrected command needs the folder
+            if self._made:
+                shutil.rmtree(self.path)
+
+    def _say_what_is_kept(self, stop: BaseException, notify: Notify) -> None:
+        path = self.path / "allocation.json"
         if path.exists():
-            best = BEST_SO_FAR.read(path)
-            reporter(f"the best of {best.episodes} episodes ({best.origin}, sparsity {best.sparsity:.1%}) is in {path}")
-        elif _logged(folder):
-            reporter(f"the episodes so far are in {log}")
+            best = RESULT.read(path)
+            sparsity = f"sparsity {best['sparsity']:.1%}"
+            notify(f"the best of {best['episodes']} episodes ({best['origin']}, {sparsity}) is in {path}")
+        elif self._logged():
+            notify(f"the episodes so far are in {self.path / 'episodes.jsonl'}")
         else:
-            reporter("no episode has ended, so nothing is kept of this run")
-            raise
-        reporter(f"continue where it stopped: {resume_command(folder)}")
-        stop.add_note(f"in Python, continue where it stopped: ffgym.run(config, resume={str(folder)!r})")
-        raise
+            notify("no episode has ended, so nothing is kept of this run")
+            return
+        notify(f"continue where it stopped: {resume_command(self.path)}")
+        stop.add_note(f"in Python, continue where it stopped: ffgym.run(config, resume={str(self.path)!r})")
+
+    def _logged(self) -> int:
+        """Bytes of the logs of episodes."""
+        return sum(log.stat().st_size for log in self.path.glob("episodes*.jsonl"))
+
+    def _holds_nothing(self) -> bool:
+        """Whether the folder is there, and without findings; a log that was opened and holds no episode is empty."""
+        if not self.path.is_dir():
+            return False
+        found = {path.name for path in self.path.iterdir() if path.is_dir() or path.stat().st_size}
+        return all(re.fullmatch(UNSENT, name) for name in found - WITHOUT_FINDINGS - _measurements())
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Make a folder of that name, or with a number behind it where another run has just made one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder

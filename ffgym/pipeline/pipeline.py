@@ -1,4 +1,4 @@
-"""``run(config)``: what ``ffgym run`` does, on one page.
+"""The stages of a run: what ``ffgym run`` does, on one page.
 
 model, data -> statistics -> order -> refits -> search -> final calibration -> report -> saved model -> MLflow
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ffgym.config.tables import RunConfig
-from ffgym.errors import ConfigError, ModelError
+from ffgym.errors import ModelError
 from ffgym.files import check_room
 from ffgym.models.loading import check_weights
 from ffgym.models.modes import own_modes
@@ -26,13 +26,13 @@ from ffgym.pipeline.compare import (
     target_model_folder,
     with_result,
 )
-from ffgym.pipeline.folder import check_output, read_record, reopen_folder
+from ffgym.pipeline.folder import read_record
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.plan import plan_run, planned_steps, slope_share
 from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.settle import settle
+from ffgym.pipeline.start import check_plugins
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import train
 from ffgym.plan import counts
@@ -49,70 +49,38 @@ if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
 
 
-@overload
-def run(config: RunConfig, *, progress: Console | None = None, resume: None = None) -> RunResult: ...
-
-
-@overload
-def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path) -> RunResult | FinishedRun: ...
-
-
 @own_modes()
-def run(
-    config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None
-) -> RunResult | FinishedRun:
-    """Search, prune, calibrate, report and save, as the configuration says.
+def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None) -> RunResult | FinishedRun:
+    """The stages of a run, see :func:`ffgym.pipeline.start.run`.
 
     Args:
-        config: everything that decides the run.
-        progress: where progress goes; stderr, or the cell of a notebook, where left out.
-        resume: folder of an interrupted run of this configuration to go on with, in the same MLflow run; it ends with
-            the numbers that it would have ended with uninterrupted.
-
-    Returns:
-        the result of the run; for a resumed run that was already finished, where its results are: nothing is
-            done again.
-
-    Raises:
-        FFGymError: what cannot be done, and what to do about it; the MLflow run is marked FAILED.
-        KeyboardInterrupt: Ctrl-C; what was found so far is saved and printed, the MLflow run is marked KILLED.
+        config: settled.
+        resumed: folder of the earlier sessions, reopened; ``None`` for a new run.
     """
-    if not isinstance(config, RunConfig):
-        raise ConfigError(
-            f"run takes a RunConfig, and got {type(config).__name__}",
-            hint="Pass load_config(PATH), or load_config(**tables).",
-        )
-    if not isinstance(progress, Console | None):
-        raise ConfigError(
-            f"progress takes a rich.console.Console, and got {type(progress).__name__}",
-            hint="Leave it out, or pass Console(quiet=True) to hear nothing.",
-        )
     reporter = Reporter(progress)
-    config = settle(config)
     for line in namesakes(config):
         reporter.print(line)
-    earlier = None if resume is None else reopen_folder(Path(resume), config)
-    if earlier is not None and (finished := finished_run(earlier, config)):
+    if resumed is not None and (finished := finished_run(resumed, config)):
         reporter.print(f"the run in {finished.folder} is finished: there is nothing left to do")
         return finished
-    if earlier is not None and (place := read_record(earlier).dense) and not absolute_name(config.model.name):
+    if resumed is not None and (place := read_record(resumed).dense) and not absolute_name(config.model.name):
         raise ModelError(  # the hub may have another model of that name
             f"model.name = {config.model.name!r} leads nowhere from here; it was {place} where the run began",
             hint="Continue the run in the directory where you started it.",
         )
+    check_plugins(config)
     agent = make_agent(config)
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     check_weights(config.model.name)
     check_texts(config.data)
     check_store_folder()
-    if resume is None:
-        check_output(config)  # again when it is claimed; before that, starting Ray would take a minute
+    if resumed is None:
         check_measurements(config)  # a resumed run has its own latency table
     reporter.print(plan.summary)
     plan.check()
     with (
         cluster_of(config.workers, config.model.device, reporter.print) as cluster,
-        Session.open(config, reporter, earlier) as session,
+        Session.open(config, reporter, resumed) as session,
     ):
         reporter.plan(planned_steps(config, plan))
         report_idle_workers(
@@ -137,10 +105,10 @@ def run(
 def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | None = None) -> Task:
     """Model, splits, pruning paths, budget and environment, with what the plan and an earlier session settled."""
     settled: dict[str, str] = {"placement": "stream" if plan.load.streamed else config.model.placement}
-    if session.record.dtype is not None and config.model.dtype == "auto":  # auto might choose another one now
-        settled["dtype"] = session.record.dtype
+    if session.place.record.dtype is not None and config.model.dtype == "auto":  # auto might choose another one now
+        settled["dtype"] = session.place.record.dtype
     placed = config.model_copy(update={"model": config.model.model_copy(update=settled)})
-    recorded = session.folder if session.resumed else None
+    recorded = session.folder if session.place.resumed else None
     task = open_task(placed, asked_rules(config), session.progress, recorded=recorded, cluster=cluster)
     return replace(task, config=config)
 

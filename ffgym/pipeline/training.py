@@ -16,7 +16,7 @@ from ffgym.recover.text import RecoveryTexts
 def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> RunResult:
     """Train the saved model where the run asks for it, add its row to the table, and log the table."""
     if texts is not None and result.saved is not None:
-        measured_in, model = str(session.record.dtype), session.config.model
+        measured_in, model = str(session.place.record.dtype), session.config.model
         if model.dtype == "auto" and measured_in != "float16":  # auto might choose another one now
             model = model.model_copy(update={"dtype": measured_in})
         recovered = train_and_save(

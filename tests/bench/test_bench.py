@@ -132,12 +132,12 @@ def test_table_and_figure_lie_beside_the_file(finished: Any) -> None:
 
 
 def test_the_final_quality_is_the_one_a_run_reports(finished: Any, tmp_path: Path) -> None:
+    import ffgym
     from ffgym.config.tables import RunConfig
-    from ffgym.pipeline import pipeline
 
     result = numbers(finished[0].parent / "small")["reinforce-seed1"]
     config = RunConfig.model_validate({**glass_tables(tmp_path, output={"save_model": False}), "seed": 1})
-    rows = pipeline.run(config, progress=Console(quiet=True)).table.rows
+    rows = ffgym.run(config, progress=Console(quiet=True)).table.rows
     assert math.exp(result["final"]["loss"]) == next(r.perplexity for r in rows if r.label == "reinforce + ridge")
     assert math.exp(result["dense_loss"]) == rows[0].perplexity
 

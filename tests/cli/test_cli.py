@@ -25,8 +25,8 @@ import ffgym
 from ffgym.cli.app import app, main
 from ffgym.config.tables import RunConfig, WorkersTable
 from ffgym.config.toml import load_config, to_toml
+from ffgym.pipeline.start import settle
 from ffgym.plugins import discovery, kinds, manager
-from ffgym.prepare import configured
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
@@ -63,13 +63,13 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """A runner that records its configuration, and prints as libraries do."""
     seen: list[RunConfig] = []
 
-    def run(config: RunConfig, progress: Any, resume: Path | None) -> Result:
+    def run(config: RunConfig, progress: Any, resumed: Path | None) -> Result:
         seen.append(config)
         print("a library talks")
         progress.print("progress")
         return Result()
 
-    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=run)
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run_stages=run)
     return seen
 
 
@@ -201,7 +201,7 @@ def test_usage_errors_exit_2(arguments: list[str]) -> None:
 def test_run_without_options_is_the_demo(runner: list[RunConfig]) -> None:
     done = call("run")
     assert done.exit_code == 0
-    assert runner == [RunConfig()]
+    assert runner == [settle(RunConfig())]
     assert done.stdout == "the table: 34.00 ± 0.10\n"
     assert "progress" in done.stderr
     assert "a library talks" in done.stderr
@@ -216,21 +216,20 @@ def test_every_option_reaches_its_key(runner: list[RunConfig], tmp_path: Path) -
         f"--overwrite --set prune.min_units=2 --set search.finalists=3 --config {file}"
     ).split()
     assert call("run", *arguments).exit_code == 0
-    assert runner == [
-        load_config(
-            None,
-            ["data.window=512", "prune.min_units=2", "search.finalists=3"],
-            seed=5,
-            model={"name": "a/b"},
-            prune={"sparsity": 0.3, "calibration": "affine", "resource": "kv", "align": 8, "uniform": True},
-            criterion={"name": "magnitude"},
-            reward={"name": "perplexity"},
-            agent={"name": "random"},
-            prior={"name": "uniform"},
-            search={"episodes": 40, "init_from": "runs/x"},
-            output={"dir": "out", "overwrite": True},
-        )
-    ]
+    wanted = load_config(
+        None,
+        ["data.window=512", "prune.min_units=2", "search.finalists=3"],
+        seed=5,
+        model={"name": "a/b"},
+        prune={"sparsity": 0.3, "calibration": "affine", "resource": "kv", "align": 8, "uniform": True},
+        criterion={"name": "magnitude"},
+        reward={"name": "perplexity"},
+        agent={"name": "random"},
+        prior={"name": "uniform"},
+        search={"episodes": 40, "init_from": "runs/x"},
+        output={"dir": "out", "overwrite": True},
+    )
+    assert runner == [settle(wanted)]
 
 
 def test_a_heuristic_can_stand_in_for_the_agent(runner: list[RunConfig]) -> None:
@@ -307,7 +306,7 @@ def test_too_little_memory_is_said_without_a_traceback(monkeypatch: pytest.Monke
     def full(*args: Any, **options: Any) -> None:
         raise error
 
-    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=full)
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run_stages=full)
     done = call("run")
     assert done.exit_code == 1
     assert done.stderr.startswith("error: memory is too small")
@@ -377,7 +376,7 @@ def test_another_runtime_error_stays_one(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*args: Any, **options: Any) -> None:
         raise RuntimeError("shapes do not match")
 
-    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run=broken)
+    replace_module(monkeypatch, "ffgym.pipeline.pipeline", run_stages=broken)
     assert isinstance(call("run").exception, RuntimeError)
 
 
@@ -398,7 +397,7 @@ def test_config_prints_toml_that_run_reads(runner: list[RunConfig], tmp_path: Pa
     file.write_text(printed.stdout, "utf-8")
     assert call("run", "--config", str(file)).exit_code == 0
     wanted = load_config(prune={"sparsity": 0.3}, agent={"learning_rate": 0.01})
-    assert runner == [configured.with_options(wanted)]
+    assert runner == [settle(wanted)]
     assert "smooth = 0.95  # share of the exploration's variance" in printed.stdout, "options of plugins are there too"
 
 

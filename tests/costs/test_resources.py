@@ -16,6 +16,7 @@ from glass_runs import WINDOW, glass_config, glass_tables
 from rich.console import Console
 from typer.testing import CliRunner
 
+import ffgym
 from ffgym.bench.bench import bench
 from ffgym.bench.checks import check_benches
 from ffgym.bench.file import read_bench
@@ -26,7 +27,6 @@ from ffgym.costs.resource import Costs, CostSetting, Measurement, Resource, cost
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading import load
-from ffgym.pipeline import pipeline
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.pipeline.task import open_task
 from ffgym.plugins import discovery, manager
@@ -131,9 +131,9 @@ class TestBuiltIns:
             assert "Did you mean 'latency'?" in str(raised.value.hint)
 
 
-def finish(config: RunConfig) -> tuple[pipeline.RunResult, str]:
+def finish(config: RunConfig) -> tuple[ffgym.RunResult, str]:
     console = Console(file=io.StringIO(), width=200)
-    return pipeline.run(config, progress=console), console.file.getvalue()  # type: ignore[attr-defined]
+    return ffgym.run(config, progress=console), console.file.getvalue()  # type: ignore[attr-defined]
 
 
 class TestThirdParty:

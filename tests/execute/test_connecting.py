@@ -16,11 +16,11 @@ from glass_runs import glass_config
 from processes import free_port
 from rich.console import Console
 
+from ffgym import run
 from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import load_config, to_toml
 from ffgym.errors import ConfigError, OutputError, WorkerError
 from ffgym.execute.ray import Workers, connected
-from ffgym.pipeline.pipeline import run
 from ffgym.prepare.workers import cluster_of, report_crowded_cores, report_idle_workers
 
 

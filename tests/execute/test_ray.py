@@ -21,10 +21,10 @@ from processes import until
 from ray_standins import Standin, Told, patiently
 from rich.console import Console
 
+import ffgym
 from ffgym.errors import ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected, measuring
-from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
 from ffgym.prepare.workers import EvaluatorMaker
 
@@ -122,7 +122,7 @@ def run(folder: Path, workers: int) -> None:
             workers={"count": workers},
             output={"save_model": False, "dir": str(folder / "out")},
         )
-        pipeline.run(config, progress=Console(quiet=True))
+        ffgym.run(config, progress=Console(quiet=True))
 
 
 def assert_same(one: Path, other: Path) -> None:

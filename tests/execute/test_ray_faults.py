@@ -19,10 +19,10 @@ from processes import PATIENCE, free_port, lines, until
 from ray_standins import Standin, patiently
 from rich.console import Console
 
+import ffgym
 from ffgym.errors import WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.ray import Workers, connected
-from ffgym.pipeline import pipeline
 from ffgym.plugins import discovery
 
 pytestmark = pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_run_that_is_interrupted_or_killed_goes_on_with_another_number_of_work
     def go_on(folder: Path, episodes: int, resume: Path | None = None) -> str:
         steps[:] = [episodes]
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run(glass_config(folder, **changes), progress=Console(quiet=True), resume=resume)
+            ffgym.run(glass_config(folder, **changes), progress=Console(quiet=True), resume=resume)
         return untimed(folder / "out" / "episodes.jsonl")
 
     done = lines(log)

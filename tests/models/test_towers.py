@@ -23,6 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from ffgym import run
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError, ModelError
 from ffgym.export.checkpoint import load_line, save_again, save_pruned
@@ -33,7 +34,6 @@ from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
 from ffgym.models.loading import config_of, load, load_config
 from ffgym.models.towers import check_towers
-from ffgym.pipeline.pipeline import run
 from ffgym.plan.shape import shape_of
 from ffgym.prepare.planning import plan_of
 from ffgym.testing.models import tiny_model

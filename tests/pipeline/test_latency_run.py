@@ -13,6 +13,7 @@ from latency_tables import made_up_table
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 
+import ffgym
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.costs.latency_cache import place_of
@@ -20,7 +21,7 @@ from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import write_text
 from ffgym.models.loading import load
-from ffgym.pipeline import pipeline, task
+from ffgym.pipeline import task
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.prepare.parts import make_reward
 from ffgym.testing.models import tiny_model
@@ -112,7 +113,7 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
     assert other.digest != table.digest
     cached(other)
     folder = tmp_path / "parts" / "out"
-    parts = pipeline.run(config, progress=Console(quiet=True), resume=folder)
+    parts = ffgym.run(config, progress=Console(quiet=True), resume=folder)
     assert read_table(folder / "latency.json") == table
     for name in ("allocation.json", "latency.json", "report.md"):
         assert (parts.folder / name).read_text() == (whole.folder / name).read_text()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.errors import PluginError
 from ffgym.pipeline.artifacts import PICTURES, write_table
-from ffgym.pipeline.folder import RunRecord, saying_what_is_kept, write_record
+from ffgym.pipeline.folder import RunFolder, RunRecord
 from ffgym.pipeline.stored import read_table
 from ffgym.report.figures import new_figure, save_figure
 from ffgym.report.front import TIE
@@ -160,9 +160,9 @@ def test_an_unfinished_run_gets_a_page_that_says_so_and_how_to_go_on(run: Path) 
     ],
 )
 def test_a_run_that_ended_early_gets_a_page_that_says_why(run: Path, stop: BaseException, said: list[str]) -> None:
-    write_record(run, RunRecord())
-    with pytest.raises(type(stop)), saying_what_is_kept(run, print):
-        raise stop
+    place = RunFolder(run, resumed=True)
+    place.begin((run / "config.toml").read_text(), RunRecord())
+    place.end_early(stop, print)
     page = page_of(run)
     parts = [f"Continue it: ffgym run --resume {run}<", *said, "<h2>What was run</h2>"]
     places = [page.find(part) for part in parts]

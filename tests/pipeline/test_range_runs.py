@@ -17,13 +17,14 @@ from mlflow_store import client, new_store
 from rich.console import Console
 from typer.testing import CliRunner
 
+import ffgym
 from ffgym.bench.checks import check_benches
 from ffgym.bench.file import read_bench
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.pipeline import compare, pipeline, task
+from ffgym.pipeline import compare, task
 from ffgym.pipeline.stored import read_front
 from ffgym.plugins import built_ins, manager
 from ffgym.prepare.parts import load_parts
@@ -47,7 +48,7 @@ def ranged(folder: Path, **changes: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[RunConfig, pipeline.RunResult, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> tuple[RunConfig, ffgym.RunResult, str]:
     """The run that most tests look at, tracked and drawn: its configuration, result and progress."""
     folder = tmp_path_factory.mktemp("finished")
     new_store(folder / "mlruns")
@@ -188,7 +189,7 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
         assert f"{100 * point.allocation.sparsity:.1f}%" in card
         sizes.append((result.folder / f"model-{name}" / "model.safetensors").stat().st_size)
     assert sizes == sorted(sizes, reverse=True)
-    finished = pipeline.run(config, progress=Console(quiet=True), resume=result.folder)
+    finished = ffgym.run(config, progress=Console(quiet=True), resume=result.folder)
     now, then = finished.to_json(), result.to_json()
     assert now == {key: then[key] for key in now}
     assert now["measured"]

@@ -20,12 +20,13 @@ from rich.console import Console
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
+import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.errors import DataError, ModelError, OutputError
 from ffgym.models import placement
-from ffgym.pipeline import compare, pipeline, task
-from ffgym.pipeline.folder import folder_lock, is_finished, read_record
+from ffgym.pipeline import compare, task
+from ffgym.pipeline.folder import RunFolder, is_finished, read_record
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.log import read_log
 from ffgym.tracking.tracker import Tracker
@@ -159,10 +160,10 @@ def test_ctrl_c_after_the_search_costs_no_episode(
 # it is finished
 
 
-def finished(config: RunConfig, folder: Path) -> tuple[pipeline.FinishedRun, str]:
+def finished(config: RunConfig, folder: Path) -> tuple[ffgym.FinishedRun, str]:
     console = Console(file=io.StringIO(), width=200)
-    result = pipeline.run(config, progress=console, resume=folder)
-    assert isinstance(result, pipeline.FinishedRun)
+    result = ffgym.run(config, progress=console, resume=folder)
+    assert isinstance(result, ffgym.FinishedRun)
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -377,7 +378,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(stopped: Path, tmp_path: Path) ->
     out = Path(shutil.copytree(stopped, tmp_path / "out"))
     half = out / ".model.part-0123abcd"
     half.mkdir()
-    with folder_lock(out), pytest.raises(OutputError, match="another run is writing into"):
+    with RunFolder(out, resumed=True).lock(), pytest.raises(OutputError, match="another run is writing into"):
         go(config(tmp_path), resume=out)
     assert half.exists(), "the run that is alive goes on writing it"
     go(config(tmp_path), resume=out)

@@ -44,6 +44,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
+import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
@@ -60,11 +61,11 @@ from ffgym.errors import (
 )
 from ffgym.evaluation.evaluator import ModelEvaluator
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.pipeline import pipeline, task
+from ffgym.pipeline import task
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import run_tags
 from ffgym.pipeline.plan import plan_run
-from ffgym.pipeline.settle import settle
+from ffgym.pipeline.start import settle
 from ffgym.plugins import manager
 from ffgym.prepare import configured
 from ffgym.prepare.parts import load_parts
@@ -680,13 +681,13 @@ def test_a_run_that_cannot_load_costs_an_earlier_one_nothing(finished: Finished,
 def test_what_is_no_configuration_is_refused_with_what_to_pass(config: Any) -> None:
     said = f"run takes a RunConfig, and got {type(config).__name__}\n  Pass load_config"
     with pytest.raises(ConfigError, match=said):
-        pipeline.run(config)
+        ffgym.run(config)
 
 
 @pytest.mark.parametrize("progress", [True, False, sys.stderr])
 def test_progress_that_is_no_console_is_refused_with_what_to_pass(tmp_path: Path, progress: Any) -> None:
     with pytest.raises(ConfigError, match=r"takes a rich\.console\.Console, and got .*\n.*Console\(quiet=True\)"):
-        pipeline.run(glass_config(tmp_path), progress=progress)
+        ffgym.run(glass_config(tmp_path), progress=progress)
 
 
 @pytest.mark.parametrize(("table", "key"), [("data", "report"), ("model", "name")])
@@ -878,7 +879,7 @@ def test_a_full_disk_is_an_error_wherever_it_shows(
     config, said = glass_config(tmp_path, search={"episodes": 32, "random_baseline": False}), io.StringIO()
     small_files(size)
     with pytest.raises(OutputError, match=f"cannot write .*{what}: .*File too large") as raised:
-        pipeline.run(config, progress=Console(file=said, width=200))
+        ffgym.run(config, progress=Console(file=said, width=200))
     found = what != "config.toml"
     again = f"ffgym run --resume {tmp_path / 'out'}"
     assert (f"continue where it stopped: {again}" in said.getvalue()) == found
@@ -901,7 +902,7 @@ def test_ctrl_c_saves_what_was_found_and_marks_the_run_killed(
     steps[0] = episode
     console = Console(file=io.StringIO(), width=200)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(glass_config(tmp_path, tracking=TRACKED), progress=console)
+        ffgym.run(glass_config(tmp_path, tracking=TRACKED), progress=console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     (run,) = runs(root)
     assert run.info.status == "KILLED"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ffgym import run
 from ffgym.config.tables import RunConfig
-from ffgym.pipeline.pipeline import run
 from ffgym.plugins import discovery, manager
 
 NAMES = ("optuna", "output-energy", "decode-energy")

@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
@@ -32,7 +33,6 @@ from ffgym.export.refresh import refresh
 from ffgym.models import placement
 from ffgym.models.loading import load
 from ffgym.models.origin import dense_model, texts_of
-from ffgym.pipeline import pipeline
 from ffgym.pipeline.compare import with_recovered
 from ffgym.prepare.parts import load_parts
 from ffgym.recover import lora as lora_module
@@ -339,7 +339,7 @@ def test_a_run_recovers_after_its_final_calibration(
 ) -> None:
     config = glass_config(tmp_path, **changes(method="lora"))
     console = Console(file=io.StringIO(), width=200)
-    result = pipeline.run(config, progress=console)
+    result = ffgym.run(config, progress=console)
     assert result.recovered is not None
     assert same_weights(result.folder / "model", pruned / "model")
     last = result.table.rows[-1]
@@ -350,8 +350,8 @@ def test_a_run_recovers_after_its_final_calibration(
     assert result.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     assert same_weights(result.folder / "model-recovered", finished[1].saved.path)
     assert finished[1].after == result.recovered.after
-    again = pipeline.run(config, progress=console, resume=result.folder)
-    assert isinstance(again, pipeline.FinishedRun)
+    again = ffgym.run(config, progress=console, resume=result.folder)
+    assert isinstance(again, ffgym.FinishedRun)
     assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     result.print(console)
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
@@ -368,14 +368,14 @@ def test_a_run_that_was_interrupted_while_training_is_resumed(
     console = Console(file=io.StringIO(), width=300)
     undo = stop(monkeypatch, lora_module, "rate_at", 3)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.run(config, progress=console)
+        ffgym.run(config, progress=console)
     undo()
     folder, said = tmp_path / "out", console.file.getvalue()  # type: ignore[attr-defined]
     assert said.splitlines()[-1] == f"continue where it stopped: ffgym run --resume {folder}"
     assert "ffgym recover" not in said
     assert "same command" not in said
-    result = pipeline.run(config, progress=console, resume=folder)
-    assert isinstance(result, pipeline.RunResult)
+    result = ffgym.run(config, progress=console, resume=folder)
+    assert isinstance(result, ffgym.RunResult)
     assert result.table.rows[-1].label.endswith("ridge + lora")
     assert "going on with the training" in console.file.getvalue()  # type: ignore[attr-defined]
     assert same_weights(folder / "model-recovered", finished[1].saved.path)
@@ -429,11 +429,11 @@ def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
     with monkeypatch.context() as patch:
         patch.setattr(recover, "save_again", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.run(config, progress=console)
+            ffgym.run(config, progress=console)
     trained = tmp_path / "out" / "model-recovered"
     first = (trained / "model.safetensors").read_bytes()
-    result = pipeline.run(config, progress=console, resume=tmp_path / "out")
-    assert isinstance(result, pipeline.RunResult)
+    result = ffgym.run(config, progress=console, resume=tmp_path / "out")
+    assert isinstance(result, ffgym.RunResult)
     assert result.recovered is not None
     assert (trained / "model.safetensors").read_bytes() == first
 

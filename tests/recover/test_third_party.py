@@ -68,7 +68,7 @@ def shrink(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from ffgym.pipeline.pipeline import run
+    from ffgym import run
 
     tables = {"search": {"random_baseline": False}, "prune": {"sparsity": 0.4}, "recover": TEXT}
     return run(glass_config(tmp_path_factory.mktemp("pruned"), **tables), progress=Console(quiet=True)).folder

@@ -23,8 +23,8 @@ from mlflow_store import new_store
 from processes import PATIENCE, free_port
 from rich.console import Console
 
+import ffgym
 from ffgym.errors import DataError
-from ffgym.pipeline import pipeline
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
@@ -71,7 +71,7 @@ def track(name: str, data: dict[str, Any] | None = None, **tables: Any) -> None:
         tracking={"enabled": True, "root": "mlruns"},
         **tables,
     )
-    pipeline.run(config, progress=Console(quiet=True))
+    ffgym.run(config, progress=Console(quiet=True))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from processes import PATIENCE
 from rich.console import Console
 from typer.testing import CliRunner
 
+import ffgym
 from ffgym.cli.app import app
 from ffgym.errors import TrackingError
-from ffgym.pipeline import pipeline
 from ffgym.tracking.names import Result
 from ffgym.tracking.runs import find_run
 from ffgym.tracking.tracker import Tracker
@@ -49,7 +49,7 @@ def secrets_under(*folders):
 
 
 def test_a_whole_run_on_a_server_is_as_on_a_file(server, address, tmp_path, capfd):
-    result = pipeline.run(glass_config(tmp_path, tracking={"enabled": True}), progress=Console(stderr=True))
+    result = ffgym.run(glass_config(tmp_path, tracking={"enabled": True}), progress=Console(stderr=True))
     run = MlflowClient(server.uri).get_run(result.mlflow_run)
     assert run.info.status == "FINISHED"
     assert {"result/perplexity", "search/reward"} <= run.data.metrics.keys()
