@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from mlflow_store import new_store
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -438,6 +439,7 @@ def test_readme_plugin_fits_ten_lines() -> None:
 def program(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Runs all Python blocks of a page or passage, on the model and text of ``tiny_run``; the variables they leave."""
     monkeypatch.chdir(tmp_path)
+    new_store(tmp_path / "mlruns")
 
     def run(page: str, passage: str | None = None) -> dict[str, Any]:
         found = re.findall(r"^```python\n(.*?)^```", passage or text(page), flags=re.MULTILINE | re.DOTALL)
@@ -496,6 +498,7 @@ def tutorial(tiny_run, tmp_path_factory) -> Path:
     Left out are the installation, `ffgym ui`, which waits, and `ffgym measure`, which takes its time.
     """
     folder: Path = tmp_path_factory.mktemp("tutorial")
+    new_store(folder / "mlruns")
     with contextlib.chdir(folder), (folder / "printed").open("w", encoding="utf-8") as printed:
         Path("run.toml").write_text(to_toml(RunConfig.model_validate(tiny_run)), encoding="utf-8")
         for language, block in blocks("docs/tutorial.md"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_store import new_store
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
@@ -21,6 +22,7 @@ def script(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     """``script(name, *arguments)``: run it in a folder that holds a tiny ``run.toml``; its variables."""
     (tmp_path / "run.toml").write_text(to_toml(RunConfig.model_validate(tiny_run)), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    new_store(tmp_path / "mlruns")
 
     def run(name: str, *arguments: str) -> dict[str, Any]:
         monkeypatch.setattr("sys.argv", [name, *arguments])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow_store import new_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ffgym.config.tables import RunConfig
@@ -62,6 +63,7 @@ def test_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 def test_prunes_a_model_that_loads(environment: Path, tiny_run: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(to_toml(RunConfig.model_validate(tiny_run)), encoding="utf-8")
+    new_store(tmp_path / "mlruns")
     where = called(environment / "python", "-c", "import ffgym; print(ffgym.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment.parent)
     called(environment / "ffgym", "run", "--config", "run.toml", "--output", "runs/mine", cwd=tmp_path)
