@@ -13,8 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gymnasium
-import numpy as np
 import pytest
 from glass_runs import glass_config, untimed
 from processes import until
@@ -137,24 +135,6 @@ def test_two_workers_find_what_one_finds(alone: Path, tmp_path: Path) -> None:
     assert_same(alone, tmp_path / "out")
 
 
-def test_environments_have_workers_too(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    alone, shared = (
-        gymnasium.make_vec("ffgym/Pruning-v0", num_envs=3, num_workers=workers, **tiny_run) for workers in (1, 2)
-    )
-    actions = alone.action_space.sample()
-    steps = []
-    for envs in (alone, shared):
-        envs.reset(seed=3)
-        steps.append(envs.step(actions))
-    assert np.array_equal(steps[0][1], steps[1][1])
-    assert np.array_equal(steps[0][4]["final_info"]["loss"], steps[1][4]["final_info"]["loss"])
-    shared.close()
-    with pytest.raises(WorkerError, match="this environment is closed, and its workers have ended"):
-        shared.step(actions)
-    alone.close()
-
-
 # sharing
 
 
@@ -170,6 +150,28 @@ def test_requests_are_shared_and_the_dense_model_is_measured_here(executor: Stan
     assert losses(executor) == LOSSES
     assert set(workers_of(executor.folder)) <= executor.processes, "they are kept from update to update"
     assert executor.said == []
+
+
+def test_who_waits_for_a_full_cluster_is_told(
+    executor: Standins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "CPU" in line:
+            raise KeyboardInterrupt  # no worker need start
+
+    said: list[str] = []
+    monkeypatch.setattr("ffgym.execute.pool.SILENT_SECONDS", 0.0)
+    others = ray.util.placement_group([{"CPU": 4}])  # what the workers of this module leave
+    assert others.wait()
+    with connected(Workers(2), say) as cluster, pytest.raises(KeyboardInterrupt):
+        losses(cluster.executor(Standin(tmp_path), Standin(tmp_path, is_worker=False), DENSE))
+    assert said[-1] == (
+        "no worker has started yet: each needs 1 CPU, and the cluster has 0 CPUs free; waiting for 30 min at most"
+    )
+    ray.util.remove_placement_group(others)
 
 
 # faults
@@ -192,26 +194,6 @@ def test_a_worker_that_dies_at_work_or_while_loading_is_replaced(executor: Stand
     assert (executor.folder / "die-loading.claimed").exists()
     lost = r"worker \d ended unexpectedly \(killed, or out of memory\) .*; another .*"
     assert all(re.fullmatch(lost, line) for line in executor.said)
-
-
-def test_a_cluster_that_is_full_is_waited_for(executor: Standins, tmp_path: Path) -> None:
-    import ray
-
-    others = ray.util.placement_group([{"CPU": 4}])  # what the workers of this module leave
-    assert others.wait()
-    said: list[str] = []
-
-    def say(line: str) -> None:
-        said.append(line)
-        if "CPU" in line:
-            ray.util.remove_placement_group(others)
-
-    with pytest.MonkeyPatch.context() as patch, connected(Workers(2), say) as cluster:
-        patch.setattr("ffgym.execute.pool.SILENT_SECONDS", 0.0)
-        assert losses(cluster.executor(Standin(tmp_path), Standin(tmp_path, is_worker=False), DENSE)) == LOSSES
-    assert said[1:] == [
-        "no worker has started yet: each needs 1 CPU, and the cluster has 0 CPUs free; waiting for 30 min at most"
-    ]
 
 
 def test_what_a_worker_raises_arrives_with_its_traceback_and_why_none_loads(executor: Standins) -> None:
