@@ -136,7 +136,8 @@ def test_a_stock_model_needs_no_other_backend(log: Path) -> None:
 def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log: Path) -> None:
     command = [sys.executable, "-m", "ffgym", "measure", str(pruned), "--dense", str(glass_home() / "glass")]
     command += ["--engine", "vllm", "--prompt-lengths", "16", "--output-tokens", "50", "--repetitions", "1000"]
-    done = interrupted(command, signal.SIGINT, lambda: noted(log, "asked"))
+    done = interrupted(command, signal.SIGTERM, lambda: noted(log, "asked"))
+    assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr
     assert "Traceback" not in done.stderr
     assert_no_process_is_left(log)
