@@ -128,6 +128,21 @@ def stages_are_announced(config: RunConfig, said: str) -> None:
     assert all(step.seconds > 0 for step in steps)
 
 
+def stopping(at: str, stop: BaseException) -> Console:
+    """A console for ``progress``: what stops a job comes with its first line that begins with ``at``."""
+
+    class File(io.StringIO):
+        has_stopped = False
+
+        def write(self, text: str) -> int:
+            if text.startswith(at) and not self.has_stopped:
+                self.has_stopped = True
+                raise stop
+            return super().write(text)
+
+    return Console(file=File(), width=200)
+
+
 def ctrl_c(*args: Any, **kwargs: Any) -> Any:
     """To put in the place of what shall be interrupted."""
     raise KeyboardInterrupt

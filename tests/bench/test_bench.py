@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from glass_runs import EPISODES, NO_MODEL, PER_UPDATE, WINDOW, ctrl_c, glass_tables
+from glass_runs import EPISODES, NO_MODEL, PER_UPDATE, WINDOW, glass_tables, stopping
 from mlflow_store import client, new_store, runs
 from processes import PATIENCE, interrupted, lines
 from rich.console import Console
@@ -509,14 +509,10 @@ def test_an_interrupted_bench_ends_with_the_same_numbers_and_measures_nothing_tw
     assert numbers(tmp_path / "small") == numbers(finished[0].parent / "small")
 
 
-def test_ctrl_c_while_the_report_is_measured_costs_no_episode(
-    finished: Any, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_while_the_report_is_measured_costs_no_episode(finished: Any, tmp_path: Path, steps: list[int]) -> None:
     file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
-    with monkeypatch.context() as patch:
-        patch.setattr(cell_module, "on_report", ctrl_c)
-        with pytest.raises(KeyboardInterrupt):
-            call(file)
+    with pytest.raises(KeyboardInterrupt):
+        bench([file], progress=stopping("report split: done", KeyboardInterrupt()))
     call(file)
     assert len(steps) - 1 == EPISODES
     assert numbers(tmp_path / "small") == {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from glass_runs import WINDOW, ctrl_c, glass_config, glass_home, go
+from glass_runs import WINDOW, glass_config, glass_home, go, stopping
 from latency_tables import made_up_table
 from mlflow_store import client, new_store, runs
 from rich.console import Console
@@ -153,12 +153,9 @@ def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: Latenc
         go(config)
 
 
-def test_a_run_that_ends_before_its_search_leaves_no_table(
-    tmp_path: Path, table: LatencyTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ffgym.pipeline.search.search_front", ctrl_c)
+def test_a_run_that_ends_before_its_search_leaves_no_table(tmp_path: Path, table: LatencyTable) -> None:
     with pytest.raises(KeyboardInterrupt):
-        go(timed(tmp_path, table))
+        ffgym.run(timed(tmp_path, table), progress=stopping("collect statistics", KeyboardInterrupt()))
     assert not (tmp_path / "out").exists()
 
 

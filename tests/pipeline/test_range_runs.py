@@ -182,7 +182,8 @@ def test_another_run_starts_from_its_policy_at_one_target_or_over_another_range(
 
 def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     config = ranged(tmp_path, prune={"front_points": 3}, output={"save_all": True})
-    result, _ = go(config)
+    result, said = go(config)
+    stages_are_announced(config, said)
     sizes = []
     for name, point in zip(("0.10", "0.30", "0.50"), front_of(result.folder).points, strict=True):
         card = (result.folder / f"model-{name}" / "README.md").read_text()

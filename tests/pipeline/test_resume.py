@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_home, glass_tables, go
+from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_home, glass_tables, go, stopping
 from mlflow_store import client, new_store, runs
 from processes import lines
 from rich.console import Console
@@ -25,7 +25,7 @@ from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.errors import DataError, ModelError, OutputError
 from ffgym.models import placement
-from ffgym.pipeline import compare, task
+from ffgym.pipeline import task
 from ffgym.pipeline.folder import RunFolder, is_finished, read_record
 from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.log import read_log
@@ -143,18 +143,6 @@ def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, step
     del record["inputs"]
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
     go(settings, resume=tmp_path / "out")  # as a run of an earlier version does, whose record lacks them
-
-
-def test_ctrl_c_after_the_search_costs_no_episode(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "measured_row", ctrl_c)
-        with pytest.raises(KeyboardInterrupt):
-            go(config(tmp_path))
-    result, _ = go(config(tmp_path), resume=tmp_path / "out")
-    assert len(steps) - 1 == 2 * EPISODES
-    assert result.saved is not None
 
 
 # it is finished
@@ -286,21 +274,27 @@ def test_the_mlflow_run_goes_on_and_has_every_episode_once(tmp_path: Path, steps
     assert len(run.inputs.dataset_inputs) == 3
 
 
-def test_a_failure_that_was_overcome_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = new_store(tmp_path / "mlruns")
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise DataError("the disk ate it")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "measured_row", broken)
-        with pytest.raises(DataError):
-            go(config(tmp_path, tracking=TRACKED))
+@pytest.mark.parametrize(
+    ("stop", "failure", "ended"),
+    [
+        (KeyboardInterrupt(), None, "It was interrupted."),
+        (DataError("the disk ate it"), "DataError: the disk ate it", "It failed: DataError: the disk ate it"),
+    ],
+    ids=["Ctrl-C", "an error"],
+)
+def test_what_stopped_a_run_after_its_search_costs_no_episode_and_is_forgotten(
+    tmp_path: Path, steps: list[int], stop: BaseException, failure: str | None, ended: str
+) -> None:
+    root, tracked = new_store(tmp_path / "mlruns"), config(tmp_path, tracking=TRACKED)
+    with pytest.raises(type(stop)):
+        ffgym.run(tracked, progress=stopping("report: dense: done", stop))
     tags = runs(root)[0].data.tags
-    assert tags["ffgym.failure"] == "DataError: the disk ate it"
+    assert tags.get("ffgym.failure") == failure
     assert tags["ffgym.resume"] == f"ffgym run --resume {tmp_path / 'out'}"
-    assert read_record(tmp_path / "out").ended == "It failed: DataError: the disk ate it"
-    go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
+    assert read_record(tmp_path / "out").ended == ended
+    result, _ = go(tracked, resume=tmp_path / "out")
+    assert len(steps) - 1 == 2 * EPISODES
+    assert result.saved is not None
     (run,) = runs(root)
     assert run.info.status == "FINISHED"
     assert "ffgym.failure" not in run.data.tags

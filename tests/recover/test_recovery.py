@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import os
 import shlex
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -412,30 +410,6 @@ def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch:
         go(glass_config(tmp_path, **changes(method="lora")))
     assert caught.value.hint == "Install it: pip install 'ffgym[recover]'", "which versions only pyproject.toml says"
     assert not (tmp_path / "out").exists()
-
-
-def test_a_run_that_was_interrupted_while_the_trained_model_was_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C waits until it is saved; resuming the run then ends as it would have ended."""
-    config = glass_config(tmp_path, **changes(method="lora"))
-    console = Console(file=io.StringIO(), width=300)
-    save = recover.save_again
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return save(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(recover, "save_again", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            ffgym.run(config, progress=console)
-    trained = tmp_path / "out" / "model-recovered"
-    first = (trained / "model.safetensors").read_bytes()
-    result = ffgym.run(config, progress=console, resume=tmp_path / "out")
-    assert isinstance(result, ffgym.RunResult)
-    assert result.recovered is not None
-    assert (trained / "model.safetensors").read_bytes() == first
 
 
 def test_ctrl_c_behind_the_saved_model_leaves_nothing_to_go_on_with(
