@@ -84,8 +84,13 @@ def config_of(saved, name):
 
 class TestLoading:
     @pytest.mark.parametrize("name", VARIANTS)
-    def test_transformers_own_class_is_bit_equal_and_can_be_pruned_again(self, saved, name):
+    def test_a_stock_checkpoint_is_bit_equal_in_transformers_own_class_and_can_be_pruned_again(self, saved, name):
         family, (groups, channels), _ = VARIANTS[name]
+        files, config = {path.name for path in (saved / "models" / name).iterdir()}, config_of(saved, name)
+        assert files == {"config.json", "generation_config.json", "model.safetensors"}
+        assert config["model_type"] == family
+        assert config["architectures"] == [type(tiny_model(family)).__name__]
+        assert not {"auto_map", "per_layer_config", "consumer_bias"} & set(config)
         model, expected = load_stock(saved, name), load_file(saved / f"{name}.safetensors")
         assert type(model) is type(tiny_model(family))
         with torch.no_grad():
@@ -106,15 +111,6 @@ class TestLoading:
 
 
 class TestOnDisk:
-    @pytest.mark.parametrize("name", VARIANTS)
-    def test_nothing_but_a_stock_checkpoint_is_there(self, saved, name):
-        files = {path.name for path in (saved / "models" / name).iterdir()}
-        assert files == {"config.json", "generation_config.json", "model.safetensors"}
-        config = config_of(saved, name)
-        assert config["model_type"] == VARIANTS[name][0]
-        assert config["architectures"] == [type(tiny_model(VARIANTS[name][0])).__name__]
-        assert not {"auto_map", "per_layer_config", "consumer_bias"} & set(config)
-
     def test_the_config_says_the_shape(self, saved):
         sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 17, "head_dim": 8}
         for name in ("llama-gqa", "mistral-gqa", "qwen2-gqa", "qwen3-gqa", "gemma-gqa"):
