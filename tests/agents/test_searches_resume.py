@@ -35,7 +35,7 @@ def found(env, name, log):
     return found
 
 
-@pytest.mark.parametrize("name", ["random", "ppo", "evolution", "cma-es", "evopress"])
+@pytest.mark.parametrize("name", ["ppo", "evolution", "cma-es", "evopress"])
 def test_an_interrupted_search_goes_on_where_it_stopped(env, name, tmp_path):
     log = tmp_path / "episodes.jsonl"
     whole = found(env, name, log)

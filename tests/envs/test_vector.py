@@ -338,11 +338,14 @@ class TestReplay:
         assert again.tokens_spent == first.tokens_spent
 
     @pytest.mark.parametrize(
-        "options",
-        [{"schedule": RAMPS}, {"schedule": Schedule(0.5, 4, low=0.1)}, {"slope_episodes": 1}, {"pair_text": True}],
-        ids=["ramps", "range", "slopes", "pairs"],
+        ("options", "stopped_after"),
+        [
+            *(({"schedule": RAMPS}, episodes) for episodes in (1, 4, 6)),
+            ({"schedule": Schedule(0.5, 4, low=0.1)}, 4),
+            ({"slope_episodes": 1}, 4),
+            ({"pair_text": True}, 4),
+        ],
     )
-    @pytest.mark.parametrize("stopped_after", [1, 4, 6])
     def test_goes_on_where_it_stopped(self, make_env, options, stopped_after):
         """Also within an update, and on another environment, whose dense losses are not known yet."""
         whole, rest = (make_env(sparsity=0.4, episode_windows=4) for _ in range(2))

@@ -304,10 +304,7 @@ class TestLog:
 
     @pytest.mark.parametrize(
         ("lines", "torn"),
-        [
-            *((0, ""), (0, "half a line"), (1, "all but the newline"), (4, ""), (4, "half a line")),
-            *((7, "all but the newline"), (12, ""), (None, "half a line")),
-        ],
+        [(0, "half a line"), (4, ""), (7, "all but the newline"), (None, "half a line")],
     )
     def test_a_resumed_search_is_the_uninterrupted_one_bit_for_bit(self, whole, make_env, tmp_path, lines, torn):
         """Killed at any episode, also while it wrote a line; on a new environment, as in a new process."""
@@ -385,20 +382,18 @@ class TestSeconds:
         assert read_log(log).seconds == len(found.history)
         assert found.seconds == len(found.history) + found.final_tokens / 32
 
-    @pytest.mark.parametrize("stop", [0, 5, 11])
-    def test_of_earlier_sessions_are_added_up(self, slow, tmp_path, stop):
+    def test_of_earlier_sessions_are_added_up(self, slow, tmp_path):
         log = tmp_path / "episodes.jsonl"
 
         def interrupt(episode):
-            if episode.index == stop:
+            if episode.index == 5:
                 raise KeyboardInterrupt
 
         with pytest.raises(SearchInterrupted) as raised:
             searched(slow(), log=log, on_episode=interrupt)
-        measured = 4 * (stop // 4 + 1)  # of whose updates some episodes were not recorded
-        assert raised.value.found.seconds == measured
+        assert raised.value.found.seconds == 8, "two updates"
         found = searched(slow(), log=log)
-        assert found.seconds == len(found.history) + found.final_tokens / 32 + measured - (stop + 1)
+        assert found.seconds == len(found.history) + found.final_tokens / 32 + 2, "two episodes were not recorded"
         assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
 
     def test_every_point_of_a_front_has_that_of_its_own_finals(self, slow):
@@ -457,12 +452,11 @@ class TestFront:
                 number = int(candidate.origin.removeprefix("episode "))
                 assert abs(one.history[number].target_sparsity - one.target) <= max(0.05, nearest) + 1e-9
 
-    @pytest.mark.parametrize("lines", [0, 5, 12])
-    def test_a_resumed_front_is_the_uninterrupted_one_bit_for_bit(self, make_env, tmp_path, lines):
+    def test_a_resumed_front_is_the_uninterrupted_one_bit_for_bit(self, make_env, tmp_path):
         log = tmp_path / "whole.jsonl"
         whole = self.fronted(make_env(sparsity=0.2), log=log)
         resumed = tmp_path / "resumed.jsonl"
-        resumed.write_text("".join(log.read_text().splitlines(keepends=True)[:lines]))
+        resumed.write_text("".join(log.read_text().splitlines(keepends=True)[:5]))
         again = self.fronted(make_env(sparsity=0.2), log=resumed)
         assert [bits(one) for one in again] == [bits(one) for one in whole]
 
