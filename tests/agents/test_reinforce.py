@@ -30,51 +30,32 @@ class TestRandomSearch(AgentConformance):
         return RandomSearch()
 
 
-def searched(agent, problem, *, dimensions=6, tokens=240, seed=0):
-    """The environment that an agent has spent its tokens on, and all that it asked for, shape (episodes, 2L)."""
-    env = problem(num_envs=8, dimensions=dimensions, tokens=tokens, noise=0.02)
-    asked, step = [], env.step
-    env.step = lambda actions: asked.append(np.array(actions)) or step(actions)
-    agent.learn(env, seed=seed, on_update=lambda update: None)
-    return env, np.concatenate(asked)
-
-
-def regret(problem, options=None, **settings):
+def regret(problem, options, seed=0):
     """How far from the best reward, 1, the policy is."""
-    agent = Reinforce(Reinforce.Config(**(options or {})))
-    env, _ = searched(agent, problem, **settings)
+    agent, env = Reinforce(Reinforce.Config(**options)), problem(num_envs=8, dimensions=6, tokens=240, noise=0.02)
+    agent.learn(env, seed=seed, on_update=lambda update: None)
     return 1 - env.value(agent.recommend(OBSERVATION)[0][None] - env.optimum)[0]
 
 
-def random_regret(problem, **settings):
-    """How far from the best reward the best of all random actions is."""
-    env, asked = searched(RandomSearch(), problem, **settings)
-    return 1 - env.value(asked - env.optimum).max()
-
-
-# Where nothing is known, 0, costs 0.165, 0.135 and 0.221. The policy leaves alone what moves all importances alike, as
-# a projection would undo it: that part of the optimum, 0.026 of the first, is not its to find.
+# Where nothing is known, 0, costs 0.135 and 0.221.
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("problem", "distance"), [(SeparableEnv, 0.03), (QuadraticEnv, 0.035), (RuggedEnv, 0.13)])
+@pytest.mark.parametrize(("problem", "distance"), [(QuadraticEnv, 0.035), (RuggedEnv, 0.13)])
 def test_comes_close_to_a_known_optimum(problem, distance, seed):
-    assert regret(problem, {"slope_share": 0.0}, seed=seed) < distance
+    assert regret(problem, {"slope_share": 0.0}, seed) < distance
 
 
+# Here, 0 costs 0.165. The policy leaves alone what moves all importances alike, as a projection would undo it: that
+# part of the optimum, 0.026, is not its to find.
 @pytest.mark.parametrize("seed", range(3))
 def test_finds_all_of_the_optimum_that_it_explores(seed):
     optimum = SeparableEnv(8, 6, 8).optimum
-    assert regret(SeparableEnv, {"slope_share": 0.0}, seed=seed) - optimum.mean() ** 2 < 0.002
+    assert regret(SeparableEnv, {"slope_share": 0.0}, seed) - optimum.mean() ** 2 < 0.002
 
 
 @pytest.mark.parametrize("options", [{"smooth": 0.0}, {"average": 0.0}], ids=str)
 def test_every_technique_comes_close_too(options):
     for problem, distance in ((SeparableEnv, 0.04), (QuadraticEnv, 0.04), (RuggedEnv, 0.14)):
         assert regret(problem, {"slope_share": 0.0, **options}) < distance
-
-
-@pytest.mark.parametrize(("problem", "distance"), [(SeparableEnv, 0.08), (QuadraticEnv, 0.06), (RuggedEnv, 0.14)])
-def test_random_search_comes_close_in_few_dimensions(problem, distance):
-    assert random_regret(problem) < distance
 
 
 # the step
