@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +11,14 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from glass_runs import WINDOW, glass_config, glass_tables
+from glass_runs import WINDOW, glass_config, glass_tables, go
 from rich.console import Console
 from typer.testing import CliRunner
 
-import ffgym
 from ffgym.bench.bench import bench
 from ffgym.bench.checks import check_benches
 from ffgym.bench.file import read_bench
 from ffgym.cli.app import app
-from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
 from ffgym.costs.resource import Costs, CostSetting, Measurement, Resource, costs_of, resource_named
 from ffgym.errors import ConfigError, PluginError, UnknownNameError
@@ -131,11 +128,6 @@ class TestBuiltIns:
             assert "Did you mean 'latency'?" in str(raised.value.hint)
 
 
-def finish(config: RunConfig) -> tuple[ffgym.RunResult, str]:
-    console = Console(file=io.StringIO(), width=200)
-    return ffgym.run(config, progress=console), console.file.getvalue()  # type: ignore[attr-defined]
-
-
 class TestThirdParty:
     def test_its_price_is_a_budget_from_the_command_line(self, install: Any, tmp_path: Path) -> None:
         install("ffgym-energy", ENERGY)
@@ -167,7 +159,7 @@ class TestThirdParty:
     def test_it_is_weighed_by_a_reward(self, install: Any, tmp_path: Path) -> None:
         install("ffgym-energy", ENERGY)
         reward = {"name": "multi-objective", "accuracy": 0, "resource": "energy"}
-        result, _ = finish(glass_config(tmp_path, reward=reward, search={"random_baseline": False}))
+        result, _ = go(glass_config(tmp_path, reward=reward, search={"random_baseline": False}))
         assert list(result.found.best.objectives) == ["perplexity_ratio", "energy_saved"]
         assert "energy" in json.loads((result.folder / "report.json").read_text())[0]
 
@@ -176,7 +168,7 @@ class TestThirdParty:
         config = glass_config(
             tmp_path, prune={"resource": "heat", "ridge": 0.1, "context": WINDOW}, search={"random_baseline": False}
         )
-        result, said = finish(config)
+        result, said = go(config)
         assert "heat: thermometer at 1; table digest-of-1" in said
         assert result.table.header.endswith("Heat: thermometer at 1.")
         assert json.loads((result.folder / "heat.json").read_text()) == {"degrees": 1}
@@ -184,7 +176,7 @@ class TestThirdParty:
         resumed = open_task(config, [], quiet, recorded=result.folder)
         assert resumed.measurements["heat"].digest == "digest-of-1"
         overwriting = config.model_copy(update={"output": config.output.model_copy(update={"overwrite": True})})
-        assert "heat: thermometer at 2" in finish(overwriting)[1]
+        assert "heat: thermometer at 2" in go(overwriting)[1]
 
     def test_its_progress_is_shown_to_nobody_where_nobody_looks(self, install: Any, tiny_run: dict[str, Any]) -> None:
         install("ffgym-heat", HEAT)
@@ -241,7 +233,7 @@ class TestThirdParty:
         """Before, report.json had its cost as the perplexity."""
         install("ffgym-energy", ENERGY.replace('column = "uJ/token"', f'column = "uJ/token"\n    {other}'))
         with pytest.raises(PluginError, match=rf"resource 'energy' \(package ffgym-energy 1\.0\): {said}"):
-            finish(glass_config(tmp_path, prune={"resource": "energy"}))
+            go(glass_config(tmp_path, prune={"resource": "energy"}))
         assert not (tmp_path / "out").exists()
 
     def test_one_without_price_and_measurement_is_refused_when_it_is_loaded(self, install: Any) -> None:

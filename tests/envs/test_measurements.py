@@ -9,7 +9,7 @@ from typing import Any
 import made_up_tasks
 import numpy as np
 import pytest
-import torch
+from made_up_examples import made_up_examples
 from measured_alone import Recording, answered_right, compared, final_hidden
 
 import ffgym
@@ -17,7 +17,6 @@ from ffgym.agents.random_search import RandomSearch
 from ffgym.config.tables import RunConfig, SearchTable
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
-from ffgym.data.examples import EncodedExample
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
 from ffgym.envs.vector import PruningVectorEnv
@@ -27,7 +26,6 @@ from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins import manager
 from ffgym.prepare.parts import make_reward
 from ffgym.pruning.budget import Budget
-from ffgym.pruning.calibration import PlainPath
 from ffgym.rewards.multi_objective import MultiObjective
 from ffgym.search.finalists import Candidate
 from ffgym.search.finals import run_finals
@@ -52,17 +50,6 @@ class Everything(ffgym.Reward):
     def objectives(self, pruned: Evaluation, dense: Evaluation) -> dict[str, float]:
         assert pruned.accuracy is not None
         return {"closeness": math.exp(-pruned.kl), "accuracy": pruned.accuracy}
-
-
-def made_up_examples(count: int, task: str, seed: int) -> list[EncodedExample]:
-    rng = np.random.default_rng(seed)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in rng.integers(3, 128, rng.integers(low, high)))
-
-    return [
-        EncodedExample(task, ids(3, 9), tuple(ids(1, 5) for _ in range(3)), int(rng.integers(3))) for _ in range(count)
-    ]
 
 
 EXAMPLES = [*made_up_examples(20, "a", 0), *made_up_examples(10, "b", 1)]
@@ -148,14 +135,9 @@ class TestOneEpisode:
             env.step(ACTION)
         assert len(calls) == (2 + 3) + 2 * 2, "two windows and three examples once; then one pass of each an episode"
 
-    def test_a_loss_or_divergence_that_is_not_finite_earns_the_worst(self, measuring):
+    def test_a_loss_or_divergence_that_is_not_finite_earns_the_worst(self, measuring, break_half):
         env = measuring()
-
-        class Broken(PlainPath):
-            def weight_at(self, channels: int) -> torch.Tensor:
-                return torch.full_like(super().weight_at(channels), torch.nan)
-
-        env.prunable.halves[1].path = Broken(*env.prunable.halves[1].dense_consumer)
+        break_half(env.prunable.halves[1])
         env.reset(seed=0)
         _, reward, _, _, info = env.step(ACTION)
         assert (reward, info["failed"]) == (0.0, 1)

@@ -14,7 +14,6 @@ from gymnasium.error import ResetNeeded
 import ffgym
 from ffgym.errors import BudgetError, DataError, ModelError, UnknownNameError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.pruning.calibration import PlainPath
 
 ACTION = np.linspace(-1, 1, 6).astype(np.float32)
 
@@ -30,17 +29,6 @@ def count_forwards(env):
     first, *_ = env.prunable.family.layers(env.prunable.model)
     first.register_forward_pre_hook(lambda *_: calls.append(1))
     return calls
-
-
-def break_layer(env, loss=math.nan):
-    """Any cut of the first MLP gives weights of NaN."""
-    half = env.prunable.halves[1]
-
-    class Broken(PlainPath):
-        def weight_at(self, channels):
-            return torch.full_like(super().weight_at(channels), loss)
-
-    half.path = Broken(*half.dense_consumer)
 
 
 def test_spaces(env):
@@ -238,8 +226,8 @@ class TestTasks:
 
 class TestFailures:
     @pytest.mark.parametrize("loss", [math.nan, math.inf])
-    def test_a_loss_that_is_not_finite_earns_the_worst_and_is_recorded(self, env, loss):
-        break_layer(env, loss)
+    def test_a_loss_that_is_not_finite_earns_the_worst_and_is_recorded(self, env, break_half, loss):
+        break_half(env.prunable.halves[1], loss)
         env.reset(seed=0)
         _, reward, terminated, _, info = env.step(ACTION)
         assert reward == env.reward.worst == 0.0
@@ -249,7 +237,7 @@ class TestFailures:
         assert math.isfinite(info["dense_loss"])
         assert env.prunable.kept == env.prunable.dense_units
 
-    def test_a_reward_may_have_another_worst(self, env):
+    def test_a_reward_may_have_another_worst(self, env, break_half):
         class Logarithmic(ffgym.Reward):
             name = "log"
             worst = -50.0
@@ -258,7 +246,7 @@ class TestFailures:
                 return dense.loss - pruned.loss
 
         env.reward = Logarithmic()
-        break_layer(env)
+        break_half(env.prunable.halves[1])
         env.reset(seed=0)
         assert env.step(ACTION)[1] == -50.0
 

@@ -384,16 +384,8 @@ class TestReplay:
         assert "Delete the log" in raised.value.hint
 
 
-def test_a_failed_episode_is_recorded_and_the_others_go_on(env):
-    import torch
-
-    from ffgym.pruning.calibration import PlainPath
-
-    class Broken(PlainPath):
-        def weight_at(self, channels):
-            return super().weight_at(channels) + (torch.nan if channels < 30 else 0)
-
-    env.prunable.halves[-1].path = Broken(*env.prunable.halves[-1].dense_consumer)
+def test_a_failed_episode_is_recorded_and_the_others_go_on(env, break_half):
+    break_half(env.prunable.halves[-1], below=30)
     vector = vector_of(env)
     vector.reset(seed=0)
     actions = np.full((3, 6), 0.5, np.float32)

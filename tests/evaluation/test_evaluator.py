@@ -12,10 +12,10 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up_examples import made_up_examples
 from measured_alone import measured_alone
 
 from ffgym.criteria.wanda import Wanda
-from ffgym.data.examples import EncodedExample
 from ffgym.errors import ModelError
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, head_share
@@ -28,19 +28,7 @@ TOKENS_PER_BATCH = 60  # three windows of 20 tokens
 EVERYTHING = frozenset({"kl", "reverse_kl", "accuracy", "slopes"})
 
 
-def made_up_examples(count: int = 8) -> list[EncodedExample]:
-    rng = np.random.default_rng(0)
-
-    def ids(low: int, high: int) -> tuple[int, ...]:
-        return tuple(int(i) for i in rng.integers(3, 128, rng.integers(low, high)))
-
-    return [
-        EncodedExample("ab"[i % 2], ids(3, 9), tuple(ids(1, 5) for _ in range(3)), int(rng.integers(3)))
-        for i in range(count)
-    ]
-
-
-EXAMPLES = made_up_examples()
+EXAMPLES = [*made_up_examples(4, "a"), *made_up_examples(4, "b", seed=1)]
 
 
 @pytest.fixture(scope="module")

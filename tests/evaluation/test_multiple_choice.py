@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
+from made_up_examples import made_up_examples
 from measured_alone import answered_right, log_likelihoods
 
 from ffgym.data.examples import EncodedExample
@@ -13,18 +14,6 @@ from ffgym.errors import ModelError
 from ffgym.evaluation.multiple_choice import task_accuracy
 from ffgym.models.cut import PrunableModel
 from ffgym.testing.models import tiny_model
-
-
-def made_up(count=9, seed=0, task="a"):
-    rng = np.random.default_rng(seed)
-
-    def ids(low, high):
-        return tuple(int(i) for i in rng.integers(3, 128, rng.integers(low, high)))
-
-    return [
-        EncodedExample(task, ids(1, 12), tuple(ids(1, 6) for _ in range(rng.integers(2, 6))), int(rng.integers(2)))
-        for _ in range(count)
-    ]
 
 
 @torch.no_grad()
@@ -41,7 +30,7 @@ def plain(model, example):
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_equals_a_row_for_every_answer(family, attention):
-    model, examples = tiny_model(family), made_up()
+    model, examples = tiny_model(family), made_up_examples(9)
     model.set_attn_implementation(attention)
     got = log_likelihoods(model, examples)
     for example, likelihoods in zip(examples, got, strict=True):
@@ -49,7 +38,7 @@ def test_equals_a_row_for_every_answer(family, attention):
 
 
 def test_scores_of_a_model_with_cut_layers_are_the_plain_ones():
-    prunable, examples = PrunableModel(tiny_model("llama")), made_up()
+    prunable, examples = PrunableModel(tiny_model("llama")), made_up_examples(9)
     prunable.cut((1, 20, 0, 48, 2, 0))
     for example, likelihoods in zip(examples, log_likelihoods(prunable.model, examples), strict=True):
         assert likelihoods == pytest.approx(plain(prunable.model, example), rel=1e-5, abs=1e-5)
@@ -65,7 +54,7 @@ def test_examples_longer_than_a_sliding_window_are_refused():
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 60, 10_000])
 def test_batches_keep_the_order_of_the_examples(tokens_per_batch):
-    model, examples = tiny_model("qwen2"), made_up(12)
+    model, examples = tiny_model("qwen2"), made_up_examples(12)
     best = [int(np.argmax(plain(model, example))) for example in examples]
     got = answered_right(model, examples, tokens_per_batch=tokens_per_batch)
     assert got == [b == e.right for b, e in zip(best, examples, strict=True)]
@@ -73,7 +62,7 @@ def test_batches_keep_the_order_of_the_examples(tokens_per_batch):
 
 
 def test_a_batch_holds_no_more_tokens_than_allowed():
-    model, examples, shapes = tiny_model("llama"), made_up(20), []
+    model, examples, shapes = tiny_model("llama"), made_up_examples(20), []
     model.base_model.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -92,9 +81,9 @@ def test_nothing_is_right_where_likelihoods_are_no_numbers():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
-    assert not any(answered_right(model, made_up()))
+    assert not any(answered_right(model, made_up_examples(9)))
 
 
 def test_accuracy_is_the_mean_over_tasks():
-    examples = [*made_up(1, task="a"), *made_up(3, task="b")]
+    examples = [*made_up_examples(1, task="a"), *made_up_examples(3, task="b")]
     assert task_accuracy(examples, [True, True, False, False]) == pytest.approx((1 + 1 / 3) / 2)
