@@ -6,6 +6,7 @@ import base64
 import errno
 import importlib
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -189,6 +190,19 @@ def drawn(drawing: Callable[[], AbstractContextManager[None]]) -> Iterator[None]
     """Pictures are drawn in this test."""
     with drawing():
         yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, as playwright drives it."""
+    sync_api, chromium = pytest.importorskip("playwright.sync_api"), shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    flags = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import http.server
 import importlib.util
-import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import PATIENCE
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = shutil.which("chromium")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("material") is None, reason="mkdocs-material is not installed: pip install '.[docs]'"
@@ -63,43 +61,35 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_every_page_reads_well(site: Path, address: str) -> None:
+def test_every_page_reads_well(site: Path, address: str, browser: Any) -> None:
     """No message on the console, nothing asked of another server, no line that runs out of the window."""
-    sync_api = pytest.importorskip("playwright.sync_api")
+    from playwright.sync_api import TimeoutError
+
     faults: list[str] = []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page()
-        page.set_default_timeout(PATIENCE * 1000)
-        page.on("console", lambda message: faults.append(f"{page.url}: {message.text}"))
-        page.on("pageerror", lambda error: faults.append(f"{page.url}: {error}"))
-        page.on("request", lambda request: request.url.startswith(address) or faults.append(f"asks {request.url}"))
-        for file in sorted(site.rglob("index.html")):
-            page.goto(address + file.parent.relative_to(site).as_posix())
-            for width in (1400, 390):
-                page.set_viewport_size({"width": width, "height": 800})
-                try:  # the search box slides into its place
-                    page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=5000)
-                except sync_api.TimeoutError:
-                    faults.append(f"{page.url} is wider than {width} pixels")
-        browser.close()
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    page.on("console", lambda message: faults.append(f"{page.url}: {message.text}"))
+    page.on("pageerror", lambda error: faults.append(f"{page.url}: {error}"))
+    page.on("request", lambda request: request.url.startswith(address) or faults.append(f"asks {request.url}"))
+    for file in sorted(site.rglob("index.html")):
+        page.goto(address + file.parent.relative_to(site).as_posix())
+        for width in (1400, 390):
+            page.set_viewport_size({"width": width, "height": 800})
+            try:  # the search box slides into its place
+                page.wait_for_function("document.documentElement.scrollWidth <= innerWidth", timeout=5000)
+            except TimeoutError:
+                faults.append(f"{page.url} is wider than {width} pixels")
     assert faults == []
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_commands_are_copied_without_their_prompts(address: str) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(permissions=["clipboard-read", "clipboard-write"])
-        page.set_default_timeout(PATIENCE * 1000)
-        page.goto(address + "tutorial")
-        page.locator("[data-clipboard-target]").first.click()
-        page.get_by_text("Copied to clipboard").wait_for()
-        copied = page.evaluate("navigator.clipboard.readText()")
-        browser.close()
+def test_commands_are_copied_without_their_prompts(address: str, browser: Any) -> None:
+    page = browser.new_page(permissions=["clipboard-read", "clipboard-write"])
+    page.set_default_timeout(PATIENCE * 1000)
+    page.goto(address + "tutorial")
+    page.locator("[data-clipboard-target]").first.click()
+    page.get_by_text("Copied to clipboard").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
     assert [line for line in copied.splitlines() if line.strip()] == [
         "python3 -m venv .venv",
         "source .venv/bin/activate",

@@ -24,8 +24,6 @@ from ffgym.report.front import TIE
 from ffgym.report.layout import STAR
 from ffgym.search.log import Recorder
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 BENCH = Path(__file__).parents[2] / "experiments/ablation/start.toml"
 
 
@@ -215,44 +213,32 @@ def test_a_run_that_may_not_be_written_to_is_reported_elsewhere(run: Path) -> No
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_a_browser_shows_it_on_phone_and_desktop_light_and_dark_without_an_error(run: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
+def test_a_browser_shows_it_on_phone_and_desktop_light_and_dark_without_an_error(run: Path, browser: Any) -> None:
     page_of(run)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        grounds = {}
-        for width, scheme in ((390, "light"), (1280, "light"), (390, "dark")):
-            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            page, said, asked = context.new_page(), list[str](), list[str]()
-            page.set_default_timeout(PATIENCE * 1000)
-            page.on("console", lambda message, said=said: said.append(message.text))
-            page.on("pageerror", lambda error, said=said: said.append(str(error)))
-            page.on("request", lambda request, asked=asked: asked.append(request.url))
-            page.goto((run / "report.html").as_uri())
-            assert said == []
-            assert [url for url in asked if not url.startswith("data:")] == [(run / "report.html").as_uri()]
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
-            assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
-            grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        browser.close()
+    grounds = {}
+    for width, scheme in ((390, "light"), (1280, "light"), (390, "dark")):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page, said, asked = context.new_page(), list[str](), list[str]()
+        page.set_default_timeout(PATIENCE * 1000)
+        page.on("console", lambda message, said=said: said.append(message.text))
+        page.on("pageerror", lambda error, said=said: said.append(str(error)))
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.goto((run / "report.html").as_uri())
+        assert said == []
+        assert [url for url in asked if not url.startswith("data:")] == [(run / "report.html").as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+        assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        grounds[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert grounds["light"] != grounds["dark"]
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium")
-def test_a_browser_shows_every_column_of_a_bench_and_no_hole_above_it(bench: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
+def test_a_browser_shows_every_column_of_a_bench_and_no_hole_above_it(bench: Path, browser: Any) -> None:
     call(bench)
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        for width in (1280, 390):
-            page = browser.new_page(viewport={"width": width, "height": 800})
-            page.set_default_timeout(PATIENCE * 1000)
-            page.goto(bench.with_suffix(".html").as_uri())
-            assert page.evaluate("document.querySelector('thead').clientHeight") < 90, "at most three lines"
-            if width == 1280:
-                assert (
-                    page.evaluate("(box => box.scrollWidth - box.clientWidth)(document.querySelector('.scroll'))") == 0
-                )
-        browser.close()
+    for width in (1280, 390):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.set_default_timeout(PATIENCE * 1000)
+        page.goto(bench.with_suffix(".html").as_uri())
+        assert page.evaluate("document.querySelector('thead').clientHeight") < 90, "at most three lines"
+        if width == 1280:
+            assert page.evaluate("(box => box.scrollWidth - box.clientWidth)(document.querySelector('.scroll'))") == 0

@@ -26,8 +26,6 @@ from rich.console import Console
 import ffgym
 from ffgym.errors import DataError
 
-CHROMIUM = shutil.which("chromium")
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
 SCREENSHOTS = Path(os.environ["SCREENSHOTS"]).resolve() if "SCREENSHOTS" in os.environ else None
 AGENTS = ("reinforce", "evolution", "random")
 # At the first visit MLflow opens its assistant's panel, and stands at "GenAI" on pages that no address says more of.
@@ -36,10 +34,7 @@ VISITED = """
     localStorage.setItem('mlflow.workflowType_v1', '"machine_learning"');
 """
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
-]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +99,8 @@ CELLS_ARE_FILLED = """([column, count]) => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(address: str, browser: Any) -> Iterator[Any]:
+def page(browser: Any, address: str) -> Iterator[Any]:
     """The page of the runs, loaded, as for somebody who has not been there before."""
     page = browser.new_page(viewport={"width": 1440, "height": 640})
     page.set_default_timeout(PATIENCE * 1000)
