@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from ffgym.config.tables import table_model
@@ -456,12 +458,19 @@ class FamilyConformance(PluginConformance):
 
     @pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
     def test_pruning_equals_masking(self, share: float) -> None:
-        """Without some units a model computes what it does when their consumer columns are zeros."""
+        """Without some units a model computes what it does when their consumer columns are zeros.
+
+        Experts have no consumer: without some, a router's logits are minus infinity for them.
+        """
         prunable, masked = self._prunable(), self._prunable()
         kept = self._kept(prunable, share)
         for half, units in zip(masked.halves, kept, strict=True):
-            with torch.no_grad():
-                half.consumer.weight[:, units * half.sublayer.channels_per_unit :] = 0
+            if half.sublayer.kind == "experts":
+                layer = masked.family.layers(masked.model)[half.sublayer.layer]
+                refuse_experts(masked.family.expert_modules(layer)[1], units)
+            else:
+                with torch.no_grad():
+                    half.consumer.weight[:, units * half.sublayer.channels_per_unit :] = 0
         prunable.cut(kept)
         torch.testing.assert_close(self._logits(prunable), self._logits(masked), rtol=1e-4, atol=2e-4)
 
@@ -512,9 +521,27 @@ class FamilyConformance(PluginConformance):
 
     @staticmethod
     def _kept(prunable: PrunableModel, share: float) -> tuple[int, ...]:
-        """A share of the units of every sublayer; the first attention keeps one, as always."""
-        first, *others = (int(share * units) for units in prunable.dense_units)
+        """A share of the units of every sublayer, but at least one of the first attention, and a token's experts."""
+        first, *others = (max(int(share * s.units), s.experts_per_token) for s in prunable.sublayers)
         return (max(1, first), *others)
+
+
+def refuse_experts(router: torch.nn.Module, first: int) -> None:
+    """Let a router give all experts but the first few logits of minus infinity."""
+    forward = router.forward
+
+    class Refusing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is linear and args[1] is router.weight:
+                result[..., first:] = -torch.inf
+            return result
+
+    def refusing(*args: Any, **kwargs: Any) -> Any:
+        with Refusing():
+            return forward(*args, **kwargs)
+
+    router.forward = refusing
 
 
 @contextmanager

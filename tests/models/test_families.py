@@ -11,7 +11,16 @@ from ffgym.errors import ModelError
 from ffgym.models.built_in_families import Llama
 from ffgym.models.families import family_of, family_of_type
 from ffgym.plugins.architectures import check_architecture
+from ffgym.plugins.built_ins import BUILTINS
+from ffgym.testing.conformance import FamilyConformance
 from ffgym.testing.models import TINY_FAMILIES, tiny_model
+
+
+class TestContract(FamilyConformance):
+    @pytest.fixture(params=BUILTINS["family"], autouse=True)
+    def _choose(self, request):
+        self.family = request.param
+
 
 # hidden 32, 4 query heads of 8, 2 KV groups, 48 intermediate channels
 GROUPED = 32 * (16 + 8 + 8) + 32 * 16  # q, k, v rows of one KV group and its 16 consumer columns
