@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,9 @@ from ffgym.report.figures import SERIES, default_style, new_figure, save_figure,
 from ffgym.report.layout import Column, Table, counted, numeric, percent
 from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_LINES = 6  # of searches in a picture; more could not be told apart
 
@@ -331,7 +334,7 @@ class _Curve:
 
 
 @default_style()
-def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> None:
+def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -> Figure:
     """Report perplexity of the incumbent against search tokens: mean and range over seeds, and what the finals chose.
 
     At most `MOST_LINES` searches: the best, with the baselines among them, and the best heuristic as a line. What is
@@ -384,7 +387,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
         title = "Final perplexity (hollow marker, at\nthe tokens of search and finals);\nband: range of seeds"
         where: dict[str, Any] = {"loc": "outside right center", "alignment": "left", "frameon": False}
         figure.legend(title=title, fontsize=9, title_fontsize=9, **where)
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _scale(drawn: Sequence[_Curve], others: Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from ffgym.report.figures import BLACK, BLUE, default_style, new_figure, save_fi
 from ffgym.report.layout import Column, Table, humane, percent, stacked
 from ffgym.report.paired import Difference, difference_data, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FAR = 5.0  # times as far from the reference as most rows that differ from it
 
@@ -116,7 +119,7 @@ def _times_dense(run: ComparedRun) -> str:
 
 
 @default_style()
-def differences_figure(differences: Sequence[tuple[str, Difference]], reference: str, path: Path) -> None:
+def differences_figure(differences: Sequence[tuple[str, Difference]], reference: str, path: Path) -> Figure:
     """Draw a forest plot: every difference from a reference with its 95 % interval; ties are hollow.
 
     One that is far larger than most would leave these no room: it becomes an arrow at the edge.
@@ -149,7 +152,7 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
     axes.set_xlabel(f"nats per token on the same windows, 95 % intervals (left of 0: better; hollow: a tie{far})")
     figure.suptitle(f"Difference from {reference}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes, grid="x")
-    save_figure(figure, path)
+    return save_figure(figure, path)
 
 
 def _reach(found: Difference) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ffgym.bench import table as bench_module
 from ffgym.bench.page import bench_page
 from ffgym.bench.table import CellResult, Final, Mark, bench_figure, bench_table, curves, markdown, tokens_until
 from ffgym.report.paired import paired_difference
@@ -270,17 +269,14 @@ def test_the_headline_of_a_page_names_what_ties_with_the_best(tmp_path: Path) ->
     )
 
 
-def drawn_axes(table_of: list[CellResult], path: Path, monkeypatch: pytest.MonkeyPatch, *baselines: str) -> Any:
-    drawn: list[Any] = []
-    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
-    bench_figure(bench_table("Bench", table_of, baselines=baselines), table_of, path)
-    return drawn[0]
+def drawn_axes(table_of: list[CellResult], path: Path, *baselines: str) -> Any:
+    return bench_figure(bench_table("Bench", table_of, baselines=baselines), table_of, path).axes[0]
 
 
-def test_at_most_six_lines_are_told_apart_by_colour_and_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_six_lines_are_told_apart_by_colour_and_marker(tmp_path: Path) -> None:
     many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(25)]
     rules = [cell(label, 0, [(10, loss)], agent="one-shot") for label, loss in (("fisher", 3.0), ("uniform", 4.0))]
-    axes = drawn_axes([*many, *rules], tmp_path / "bench.png", monkeypatch, "agent 20")
+    axes = drawn_axes([*many, *rules], tmp_path / "bench.png", "agent 20")
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert len(lines) == 6
     assert any("agent 20: " in label for label in lines), "the baseline is among them"
@@ -292,10 +288,8 @@ def test_at_most_six_lines_are_told_apart_by_colour_and_marker(tmp_path: Path, m
     assert "agent 10" in said
 
 
-def test_ticks_below_a_thousand_tokens_have_numbers_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    axes = drawn_axes([cell("random", 0, [(384, 3.0), (2200, 2.0)])], tmp_path / "bench.png", monkeypatch)
+def test_ticks_below_a_thousand_tokens_have_numbers_of_their_own(tmp_path: Path) -> None:
+    axes = drawn_axes([cell("random", 0, [(384, 3.0), (2200, 2.0)])], tmp_path / "bench.png")
     (low, high), write = axes.get_xlim(), axes.xaxis.get_major_formatter()
     assert [write(tick) for tick in axes.get_xticks() if low <= tick <= high] == ["0.5", "1", "2"]
 
@@ -306,7 +300,7 @@ def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart
 ) -> None:
     many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(20)]
     baselines = [f"agent {i}" for i in range(10, 10 + count)]
-    axes = drawn_axes(many, tmp_path / "bench.png", monkeypatch, *baselines)
+    axes = drawn_axes(many, tmp_path / "bench.png", *baselines)
     drawn = [line.get_label().split(":")[0] for line in axes.lines if not line.get_label().startswith("_")]
     assert len(drawn) == 6
     assert len({*drawn} & {*baselines}) == min(count, 6)
@@ -322,27 +316,26 @@ def test_the_callers_style_does_not_change_the_picture(tmp_path: Path, dark_styl
 
 
 def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    axes = drawn_axes(results(), tmp_path / "bench.png", monkeypatch, "evolution")
+    axes = drawn_axes(results(), tmp_path / "bench.png", "evolution")
     assert "evolution: 31.00, 2 seeds" in {line.get_label() for line in axes.lines}
     ends = [line.get_xydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
     assert np.array(ends) == pytest.approx(np.array([[1100, 25], [1100, 31]])), "after the finals, with their tokens"
     assert "at\nthe tokens of search and finals" in axes.figure.legends[0].get_title().get_text()
 
 
-def test_one_bad_search_does_not_set_the_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_bad_search_does_not_set_the_scale(tmp_path: Path) -> None:
     far = cell("random", 0, [(100, math.log(300)), (1000, math.log(200))])
-    axes = drawn_axes([*results(), far], tmp_path / "bench.png", monkeypatch, "evolution")
+    axes = drawn_axes([*results(), far], tmp_path / "bench.png", "evolution")
     assert axes.get_ylim()[1] < 100
     assert "random: 200.00, 1 seed, above the scale" in {line.get_label() for line in axes.lines}
 
 
-def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr(bench_module, "save_figure", lambda figure, path: drawn.append(figure.axes[0]))
+def test_an_agent_keeps_its_colour_wherever_it_ranks(tmp_path: Path) -> None:
+    drawn = []
     for good, bad in (("reinforce", "random"), ("random", "reinforce")):
         losses = {good: 2.0, bad: 2.1}
         some = [cell(label, 0, [(100, losses[label]), (1000, losses[label])]) for label in ("reinforce", "random")]
-        bench_figure(bench_table("Bench", some, baselines=["evolution"]), some, tmp_path / "bench.png")
+        drawn.append(drawn_axes(some, tmp_path / "bench.png", "evolution"))
     first, second = ({line.get_label().split(":")[0]: line.get_color() for line in axes.lines} for axes in drawn)
     assert first["reinforce"] == second["reinforce"] != first["random"] == second["random"]
 

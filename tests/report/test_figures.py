@@ -2,14 +2,12 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
 
 import made_up_episodes
 import matplotlib
 import pytest
 
 from ffgym.errors import OutputError
-from ffgym.report import comparison as comparison_module
 from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.paired import Difference
@@ -115,16 +113,13 @@ def test_looks_differ_in_colour_and_in_marker():
     assert len({look["color"] for look in SERIES}) == len({look["marker"] for look in SERIES}) == len(SERIES) == 6
 
 
-def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatch):
+def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path):
     some = [
         ("better", Difference(-0.1, 0.02)),
         ("tied", Difference(0.01, 0.02)),
         ("unknown", Difference(0.1, math.inf)),
     ]
-    figures: list[Any] = []
-    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
-    differences_figure(some, "fisher", tmp_path / "a.png")
-    axes = figures[0].axes[0]
+    (axes,) = differences_figure(some, "fisher", tmp_path / "a.png").axes
     assert [text.get_text() for text in axes.get_yticklabels()] == ["better", "tied", "unknown"]
     fills = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"]
     assert fills[0] != "white"
@@ -135,8 +130,7 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
         ("far worse", Difference(0.9, 0.05)),
         ("far tie", Difference(-0.9, 1.0)),
     ]
-    differences_figure([*some, *far], "fisher", tmp_path / "b.png")
-    axes = figures[1].axes[0]
+    (axes,) = differences_figure([*some, *far], "fisher", tmp_path / "b.png").axes
     worse, tie = (line for line in axes.lines if line.get_marker() in ("<", ">"))
     assert [worse.get_marker(), worse.get_ydata()[0], tie.get_marker(), tie.get_ydata()[0]] == [">", 4, "<", 5]
     assert (worse.get_markerfacecolor() == "white", tie.get_markerfacecolor() == "white") == (False, True)
@@ -148,12 +142,10 @@ def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path, monkeypatc
     [(0.038, 0.002, 0.0), (0.038, 0.002, 0.001, 0.001), (0.002, 0.0, 0.0), (0.038, 1e-7, 1e-7), (0.01, 0.08), (0.0,)],
     ids=str,
 )
-def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, monkeypatch, means):
-    figures: list[Any] = []
-    monkeypatch.setattr(comparison_module, "save_figure", lambda figure, path: figures.append(figure))
+def test_what_differs_from_ties_and_copies_is_not_off_scale(tmp_path, means):
     some = [Difference(mean, 0.0 if mean < 1e-6 else 0.003) for mean in means]
-    differences_figure([(str(found), found) for found in some], "first", tmp_path / "a.png")
-    points = [line.get_xdata()[0] for line in figures[0].axes[0].lines if line.get_marker() == "o"]
+    (axes,) = differences_figure([(str(found), found) for found in some], "first", tmp_path / "a.png").axes
+    points = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
     assert points == list(means)
 
 
