@@ -151,22 +151,16 @@ def test_only_a_full_disk_has_to_be_emptied(error: Exception, hint: str, tmp_pat
         assert raised.value.hint == hint.replace("place", "folder with --output DIR")
 
 
-def test_what_tokenizers_says_of_a_full_disk_is_an_error_with_a_next_step(
-    tmp_path: Path, small_files: Callable[[int], None]
-) -> None:
-    small_files(100)
-    file = tmp_path / "tokenizer.json"
-    with pytest.raises(OutputError, match=r"cannot write .*tokenizer\.json: .* \(os error "), replacing(file) as part:
+def test_what_tokenizers_says_of_a_full_disk_is_an_error_with_a_next_step(tmp_path: Path, small_files: Any) -> None:
+    file, said = tmp_path / "tokenizer.json", r"cannot write .*tokenizer\.json: .* \(os error "
+    with pytest.raises(OutputError, match=said), small_files(100), replacing(file) as part:
         byte_level().backend_tokenizer.save(str(part))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_that_may_not_grow_is_an_error_with_a_next_step(
-    tmp_path: Path, small_files: Callable[[int], None]
-) -> None:
-    small_files(100)
-    said = r"cannot write .*episodes\.jsonl: File too large"
-    with pytest.raises(OutputError, match=said), disk_errors(), Recorder(tmp_path / "episodes.jsonl") as recorder:
+def test_a_log_that_may_not_grow_is_an_error_with_a_next_step(tmp_path: Path, small_files: Any) -> None:
+    log, said = tmp_path / "episodes.jsonl", r"cannot write .*episodes\.jsonl: File too large"
+    with pytest.raises(OutputError, match=said), small_files(100), disk_errors(), Recorder(log) as recorder:
         recorder.record(episode(0, 0, 0.5))
 
 

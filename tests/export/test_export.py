@@ -469,8 +469,7 @@ class TestRefusals:
 
     def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(self, prunable, tmp_path, small_files):
         save_pruned(prunable, None, tmp_path / "m", card="old")
-        small_files(40_000)  # the weights do not fit
-        with pytest.raises(OutputError, match="cannot write"):
+        with pytest.raises(OutputError, match="cannot write"), small_files(40_000):  # the weights do not fit
             save_pruned(prunable, None, tmp_path / "m", overwrite=True, card="new")
         assert (tmp_path / "m" / "README.md").read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -529,8 +529,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(folder: Path, tmp_path
     place = tmp_path / "out" / "m.gguf"
     place.parent.mkdir()
     place.write_text("old")
-    small_files(40_000)  # the weights do not fit
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="cannot write"), small_files(40_000):  # the weights do not fit
         export_gguf(folder, place, overwrite=True)
     assert place.read_text() == "old"
     assert [path.name for path in place.parent.iterdir()] == ["m.gguf"]

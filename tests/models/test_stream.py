@@ -205,8 +205,7 @@ def test_nothing_temporary_is_left_of_a_preparation(folder: Path, tmp_path: Path
 
 
 def test_a_disk_that_fills_up_is_named(folder: Path, small_files: Any) -> None:
-    small_files(1000)
-    with pytest.raises(OutputError, match=r"cannot write .*File too large"):
+    with pytest.raises(OutputError, match=r"cannot write .*File too large"), small_files(1000):
         prepared_from_disk(folder, criterion=Taylor())
 
 

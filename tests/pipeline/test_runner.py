@@ -840,12 +840,10 @@ def test_mlflow_names_no_command_that_goes_on_where_nothing_of_this_run_is_left(
 @pytest.mark.parametrize(
     ("size", "what"), [(1, "config.toml"), (10_000, "episodes.jsonl"), (20_000, "units_kept.png"), (10**6, "model")]
 )
-def test_a_full_disk_is_an_error_wherever_it_shows(
-    tmp_path: Path, small_files: Callable[[int], None], size: int, what: str
-) -> None:
+def test_a_full_disk_is_an_error_wherever_it_shows(tmp_path: Path, small_files: Any, size: int, what: str) -> None:
     config, said = glass_config(tmp_path, search={"episodes": 32, "random_baseline": False}), io.StringIO()
-    small_files(size)
-    with pytest.raises(OutputError, match=f"cannot write .*{what}: .*File too large") as raised:
+    said_of = f"cannot write .*{what}: .*File too large"
+    with pytest.raises(OutputError, match=said_of) as raised, small_files(size):
         ffgym.run(config, progress=Console(file=said, width=200))
     found = what != "config.toml"
     again = f"ffgym run --resume {tmp_path / 'out'}"

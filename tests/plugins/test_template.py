@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -89,8 +88,7 @@ def test_names_that_are_taken_or_cannot_be_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_leaves_no_part_of_a_package(tmp_path: Path, small_files: Callable[[int], None]) -> None:
-    small_files(100)
-    with pytest.raises(OutputError, match="cannot write"):
+def test_a_disk_that_fills_up_leaves_no_part_of_a_package(tmp_path: Path, small_files: Any) -> None:
+    with pytest.raises(OutputError, match="cannot write"), small_files(100):
         write_package("agent", "mine", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -305,8 +305,7 @@ class TestSize:
         assert (store / "layer-000.safetensors").exists()
 
     def test_a_disk_that_fills_up_is_named_and_nothing_is_left(self, told: Told, small_files: Any) -> None:
-        small_files(1000)
-        with pytest.raises(OutputError, match=r"cannot write .*File too large") as caught:
+        with pytest.raises(OutputError, match=r"cannot write .*File too large") as caught, small_files(1000):
             go(told)
         assert "FFGYM_CACHE" in (caught.value.hint or "")
         assert cache.entries("prepared") == []

@@ -95,8 +95,7 @@ class TestRecorder:
         log = written(tmp_path / "torn.jsonl", *(episode(i, 0, 0.5) for i in range(3)))
         whole = log.read_bytes()
         log.write_bytes(whole + b'{"origin": ')
-        small_files(1)  # a disk that is still full
-        with Recorder(log):
+        with small_files(1), Recorder(log):  # a disk that is still full
             assert log.read_bytes() == whole
 
     def test_goes_on_behind_a_torn_line(self, tmp_path):
