@@ -89,14 +89,14 @@ def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | Non
 
 
 def margin(*samples: Sequence[float] | NDArray[np.float64]) -> float:
-    """Half the width of the 95 % interval of a sum of independent samples' means; infinite where one has one value."""
+    """Half the 95 % interval of a sum of independent samples' means (Welch, Satterthwaite); infinite for one value."""
     from scipy.special import stdtrit  # scipy takes a while to import, and not every command prints a table
 
-    if any(len(values) < 2 for values in samples):
+    errors = [standard_error(values) for values in samples]
+    if None in errors:
         return math.inf
-    variances = np.array([np.var(values, ddof=1) / len(values) for values in samples])
-    freedom = np.array([len(values) - 1 for values in samples])
+    variances = np.array(errors, dtype=float) ** 2
     if not (variance := variances.sum()):
         return 0.0
-    joint = 1 / ((variances / variance) ** 2 / freedom).sum()
-    return float(np.sqrt(variance) * stdtrit(joint, (1 + CONFIDENCE) / 2))
+    freedom = 1 / sum((variances / variance) ** 2 / [len(values) - 1 for values in samples])
+    return float(np.sqrt(variance) * stdtrit(freedom, (1 + CONFIDENCE) / 2))
