@@ -21,7 +21,7 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 WIDEST = 2048  # channels of the probe's residual stream: wider ones are hardly faster
 TOKENS = 4096  # of one pass of the probe, as in a run's: fewer would fit into the caches, and be faster than a run's
 OPERATIONS = 4e10  # at most so many make a pass on a CPU
-PASSES = 2
+PASSES = 3
 HEAD = 64  # channels of its attention heads
 
 
@@ -142,6 +142,6 @@ def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: to
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The mean of a few passes, after one that warms up."""
+    """The fastest of a few passes, after one that warms up: what another process does beside one of them does not count."""
     run()
-    return sum(timed(run, {device})[1] for _ in range(PASSES)) / PASSES
+    return min(timed(run, {device})[1] for _ in range(PASSES))

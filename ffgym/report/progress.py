@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15.0
-# What the plan says counts as much as half a minute that was seen, or a twentieth of a shorter job.
+# The pace so far counts as much as half a minute of the step at work, or a twentieth of a shorter job.
 SECONDS_OF_TRUST, SHARE_OF_TRUST = 30.0, 0.05
 
 
@@ -36,23 +36,27 @@ class Step:
 
 
 class _Plan:
-    """How far a job is in all its steps."""
+    """How far a job is in all its steps.
+
+    What it has left is planned seconds times the pace, seconds taken per second planned: that of the step at work, and
+    in its first half minute mostly that of the steps before, so that it follows a machine that others use too.
+    """
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self._steps = steps
         self._place = self._stages = 0
         self._all = sum(step.seconds for step in steps)
-        self._begun = time.monotonic()
-        self._saved = 0.0  # planned seconds of what says nothing of the pace: loading, an earlier session's work
+        self._begun = time.monotonic()  # the step at work
+        self._saved = 0.0  # planned seconds of it that an earlier session's work saves
+        self._pace_before = 1.0
 
     def enter(self, label: str) -> bool:
         """Move on to the step that a stage belongs to, if there is one from here on."""
         for place in range(self._place, len(self._steps)):
             if label.startswith(self._steps[place].label):
-                passed_over = self._steps[self._place + (self._stages > 0) : place]  # they took no time
-                self._saved += sum(step.seconds for step in passed_over)
-                if place > self._place and not self._steps[self._place].computes:
-                    self._begun, self._saved = time.monotonic(), sum(step.seconds for step in self._steps[:place])
+                if place > self._place:
+                    self._pace_before = self._pace(1.0)
+                    self._begun, self._saved = time.monotonic(), 0.0
                 self._stages = self._stages + 1 if place == self._place else 1
                 self._place = place
                 return True
@@ -72,21 +76,27 @@ class _Plan:
 
     def share(self, within: float) -> float:
         """The share of the whole job that is done, given that of the stage at work."""
-        return self._done(within) / self._all
+        return (self._before() + self._own(within)) / self._all
 
     def left(self, within: float) -> float:
-        """Seconds until the job ends, at the pace that it has had so far."""
-        done, pace = self._done(within), 1.0
-        if self._steps[self._place].computes:
-            trust = min(SECONDS_OF_TRUST, SHARE_OF_TRUST * self._all)
-            seen = time.monotonic() - self._begun
-            pace = (seen + trust) / (max(0.0, done - self._saved) + trust)
-        return pace * (self._all - done)
+        """Seconds until the job ends."""
+        return self._pace(within) * (self._all - self._before() - self._own(within))
 
-    def _done(self, within: float) -> float:
+    def _pace(self, within: float) -> float:
+        if not self._steps[self._place].computes:
+            return self._pace_before
+        trust = min(SECONDS_OF_TRUST, SHARE_OF_TRUST * self._all)
+        seen = time.monotonic() - self._begun
+        return (seen + trust * self._pace_before) / (max(0.0, self._own(within) - self._saved) + trust)
+
+    def _before(self) -> float:
+        """Planned seconds of the steps before the one at work."""
+        return sum(step.seconds for step in self._steps[: self._place])
+
+    def _own(self, within: float) -> float:
+        """Planned seconds of what is done of the step at work."""
         step = self._steps[self._place]
-        own = min(1.0, max(0.0, self._stages - 1 + within) / step.stages)
-        return sum(before.seconds for before in self._steps[: self._place]) + own * step.seconds
+        return min(1.0, max(0.0, self._stages - 1 + within) / step.stages) * step.seconds
 
 
 class StageProgress:

@@ -173,7 +173,7 @@ class TestPlan:
         with reporter.stage("search: a", 6) as stage:
             at(4)
             stage.advance(3)
-        assert text(out).splitlines()[1] == "stage 2/3: search: a: 3/6 · 0:03 elapsed · 0:03 left · 0:12 left in all"
+        assert text(out).splitlines()[1] == "stage 2/3: search: a: 3/6 · 0:03 elapsed · 0:03 left · 0:09 left in all"
 
     def test_all_takes_no_less_than_a_stage_that_was_planned_to_be_short(self, at: Callable[[float], None]) -> None:
         out = console()
@@ -212,6 +212,19 @@ class TestPlan:
         said = [line.rpartition(" · ")[2] for line in text(out).splitlines()[:2]]
         assert said == ["28:52 left in all", "49:37 left in all"]  # at the pace alone: 66:00 and 60:00
 
+    def test_a_machine_that_others_leave_is_noticed_in_the_next_step(self, at: Callable[[float], None]) -> None:
+        out = console()
+        reporter = Reporter(out)
+        reporter.plan([Step("prepare", 100.0), Step("search", 900.0)])
+        with reporter.stage("prepare", 1) as stage:
+            at(400)
+            stage.advance(1)
+        with reporter.stage("search", 90) as stage:
+            at(700)
+            stage.advance(30)  # as planned: 10:00 are left
+        said = [line.rpartition(" · ")[2] for line in text(out).splitlines() if "left in all" in line]
+        assert said == ["49:37 left in all", "12:06 left in all"]
+
     def test_a_step_may_have_several_stages(self, at: Callable[[float], None]) -> None:
         out = console()
         reporter = Reporter(out)
@@ -224,7 +237,7 @@ class TestPlan:
             with reporter.stage(label, 2) as stage:
                 stage.advance(1)
         said = [line for line in text(out).splitlines() if "left in all" in line]
-        assert [line.rpartition(" · ")[2] for line in said] == ["0:23 left in all", "0:12 left in all"]
+        assert [line.rpartition(" · ")[2] for line in said] == ["0:14 left in all", "0:04 left in all"]
 
     def test_a_step_that_need_not_be_done_says_nothing_of_how_long_the_others_take(
         self, at: Callable[[float], None]
