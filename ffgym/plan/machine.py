@@ -142,6 +142,6 @@ def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: to
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few passes, after one that warms up: what another process does beside one of them does not count."""
+    """The fastest of a few passes, after one that warms up: another process may take its time beside some of them."""
     run()
     return min(timed(run, {device})[1] for _ in range(PASSES))
