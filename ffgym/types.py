@@ -97,6 +97,7 @@ class LayerStats:
         gradient: dL/dW of the mean token loss (nats) with respect to the consumer's weight, shape (m, n).
         output_gradient: E[g g^T] of g, the gradient of a window's summed token loss (nats) with respect to the
             consumer's output at one token, shape (m, m): the empirical Fisher information of the output.
+        channels_per_unit: each unit owns so many contiguous channels, which go together.
     """
 
     tokens: int = 0
@@ -105,6 +106,7 @@ class LayerStats:
     second_moment: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
     output_gradient: torch.Tensor | None = None
+    channels_per_unit: int = 1
 
     @property
     def variance(self) -> torch.Tensor:

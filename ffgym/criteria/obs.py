@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 
 class Obs(Criterion):
-    """Output error that removing a channel leaves once all other channels have been refitted.
+    """Optimal brain surgeon: units go one after another, each time those that the others can make up for best.
 
-    Channel score S_j = ||W_:j||^2 / [A^-1]_jj with A = G + ridge * scale(G) * I and G = E[x x^T]: SparseGPT's element
-    score W_ij^2 / [H^-1]_jj (Frantar and Alistarh 2023, arXiv 2301.00774; Hassibi and Stork 1993), summed over the
-    outputs, which all share one H. Up to the ridge it is exact for one channel. The channels of a KV group are added
-    up, as if each went alone, so the group's own error is underestimated where they resemble one another.
+    A unit's score is the output error once it is gone with all that went before it and what is left has been refitted:
+    backward elimination by the error tr(W_S [P_SS]^-1 W_S^T) that a unit's channels S add, with P = A^-1 of what is
+    left, A = G + ridge * scale(G) * I and G = E[x x^T]. For single weights that is W_ij^2 / [A^-1]_jj, by which
+    SparseGPT chooses (Frantar and Alistarh 2023, arXiv 2301.00774); for heads and neurons ZipLM (Kurtic et al. 2023,
+    arXiv 2302.04089) removes them so. The scores of a KV group's channels are equal, and sum up to the group's.
     """
 
     name = "obs"
@@ -29,7 +30,7 @@ class Obs(Criterion):
     class Config(PluginConfig):
         """Options of the table ``[criterion]``."""
 
-        ridge: float = Field(0.01, gt=0, description="damping, relative to the mean of G's diagonal (SparseGPT: 0.01)")
+        ridge: float = Field(0.001, gt=0, description="damping, relative to the mean of G's diagonal")
 
     def score(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
         """Score channels, shape (n,), float64.
@@ -38,6 +39,7 @@ class Obs(Criterion):
             CalibrationError: the damped second moment cannot be factorised.
         """
         from ffgym.pruning.calibration import cholesky_
+        from ffgym.pruning.elimination import elimination_errors
         from ffgym.pruning.factors import inverse_
         from ffgym.pruning.precision import in_float64
 
@@ -46,5 +48,6 @@ class Obs(Criterion):
             D = inverse_(cholesky_(in_float64(stats.second_moment).clone(), self.config.ridge))
         except CalibrationError as error:
             raise CalibrationError(f"criterion 'obs': {error.message}", hint="Raise criterion.ridge.") from error
-        inverse_diagonal = D.square().sum(dim=0)  # A = C C^T and D = C^-1, so A^-1 = D^T D
-        return in_float64(weight).square().sum(dim=0) / inverse_diagonal
+        block = stats.channels_per_unit
+        errors = elimination_errors(in_float64(weight), D.T @ D, block)  # A = C C^T and D = C^-1
+        return errors.repeat_interleave(block) / block

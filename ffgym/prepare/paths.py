@@ -154,7 +154,8 @@ class _Gradients:
         if self._source is None or not stats.tokens:
             return stats
         file = TensorFile(self._scratch.folder / str(index))
-        return LayerStats(stats.tokens, **{name: file.read(name).to(self._source.device) for name in file.names})
+        stored: dict[str, Any] = {name: file.read(name).to(self._source.device) for name in file.names}
+        return LayerStats(stats.tokens, **stored)
 
 
 def _build_path(
@@ -226,8 +227,9 @@ def _stats(moments: InputMoments, gradients: LayerStats, names: frozenset[str]) 
 
 def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> torch.Tensor:
     weight = half.consumer.weight.detach().float()
-    scores = check_scores(criterion, weight, stats, half.sublayer)
-    return unit_scores(channel_scores(scores), half.sublayer.channels_per_unit)
+    block = half.sublayer.channels_per_unit
+    scores = check_scores(criterion, weight, replace(stats, channels_per_unit=block), half.sublayer)
+    return unit_scores(channel_scores(scores), block)
 
 
 def held_out_windows(windows: int, length: int) -> int:

@@ -54,7 +54,7 @@ DECISIVE = (  # code that decides bits
     "plugins/contracts.py",
     "evaluation/perplexity.py",  # of the losses that are kept beside
 )
-STATISTICS = tuple(field.name for field in fields(LayerStats) if field.name != "tokens")
+STATISTICS = tuple(each.name for each in fields(LayerStats) if each.name not in ("tokens", "channels_per_unit"))
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,8 @@ class _Stored:
     def stats(self, tokens: int) -> LayerStats:
         """The statistics that heuristics asked for."""
         there = [name for name in STATISTICS if f"{self._prefix}stats.{name}" in self._file.names]
-        return LayerStats(tokens, **{name: self.read(f"stats.{name}") for name in there})
+        stored: dict[str, Any] = {name: self.read(f"stats.{name}") for name in there}
+        return LayerStats(tokens, **stored)
 
     def path(self) -> NestedRidge:
         """The refit for every level of the sublayer, whose weights are in memory."""
