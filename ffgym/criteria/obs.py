@@ -1,4 +1,4 @@
-"""Optimal brain surgeon, as SparseGPT uses it."""
+"""Optimal brain surgeon: backward elimination of units, with a refit after each."""
 
 from __future__ import annotations
 

@@ -409,7 +409,7 @@ def test_all_options_of_all_plugins_are_spelled_out() -> None:
     config = load_config(agent={"name": "reinforce", "smooth": 0.1}, criterion={"name": "obs"})
     spelled = configured.with_options(config)
     assert spelled.agent.options == {**manager.create("agent", "reinforce").config.model_dump(), "smooth": 0.1}
-    assert spelled.criterion.options == {"ridge": 0.01}
+    assert spelled.criterion.options == {"ridge": 0.001}
     assert spelled.prior.options == {"spare_first": 3, "spare_last": 1}
     assert configured.with_options(spelled) == spelled
     assert configured.with_options(load_config(prior={"name": "none"})).prior.options == {}
