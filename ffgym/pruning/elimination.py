@@ -61,4 +61,5 @@ def _added(weight: torch.Tensor, inverse: torch.Tensor, block: int) -> torch.Ten
     columns = weight.T.reshape(-1, block, weight.shape[0])
     units = len(columns)
     own = inverse.view(units, block, units, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return (columns * torch.linalg.solve(own, columns)).sum(dim=(1, 2))
+    refitted: torch.Tensor = torch.linalg.solve(own, columns)
+    return (columns * refitted).sum(dim=(1, 2))
