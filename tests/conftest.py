@@ -128,9 +128,9 @@ def uniform_env(prepared_llama: Prepared, make_env: Callable[..., Any]) -> Any:
     return make_env(budget, sparsity=0.3, reserved=5)
 
 
-@pytest.fixture
-def before_episodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """``before_episodes(hook)``: the hook is called before each episode that was measured, not replayed, is recorded.
+@pytest.fixture(scope="session")
+def hooked_episodes() -> Callable[[Callable[[], object]], AbstractContextManager[None]]:
+    """``with hooked_episodes(hook)``: it is called before each episode that was measured, not replayed, is recorded.
 
     It may raise, as Ctrl-C between two episodes would.
     """
@@ -138,18 +138,17 @@ def before_episodes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], o
 
     measured = PruningVectorEnv._measured
 
-    def arm(hook: Callable[[], object]) -> None:
-        def hooked(self: PruningVectorEnv, *args: Any) -> Any:
-            hook()
-            return measured(self, *args)
+    @contextmanager
+    def hooked(hook: Callable[[], object]) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PruningVectorEnv, "_measured", lambda *given: (hook(), measured(*given))[1])
+            yield
 
-        monkeypatch.setattr(PruningVectorEnv, "_measured", hooked)
-
-    return arm
+    return hooked
 
 
 @pytest.fixture
-def steps(before_episodes: Any) -> list[int]:
+def steps(hooked_episodes: Any) -> Iterator[list[int]]:
     """Grows by one with every episode that is measured; Ctrl-C comes when its length passes ``steps[0]``."""
     seen = [10**6]
 
@@ -158,8 +157,8 @@ def steps(before_episodes: Any) -> list[int]:
             raise KeyboardInterrupt
         seen.append(len(seen))
 
-    before_episodes(counted)
-    return seen
+    with hooked_episodes(counted):
+        yield seen
 
 
 ONE_PIXEL = base64.b64decode(

@@ -8,15 +8,20 @@ import io
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 from rich.console import Console
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ffgym import run
 from ffgym.config.tables import RunConfig
+from ffgym.models.placement import choose_dtype
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.plan import plan_run, planned_steps
 from ffgym.pipeline.result import RunResult
@@ -143,9 +148,35 @@ def stopping(at: str, stop: BaseException) -> Console:
     return Console(file=File(), width=200)
 
 
+@contextmanager
+def ctrl_c_in_step(step: int) -> Iterator[None]:
+    """Ctrl-C comes, once, when an optimizer is about to take this step; 0 is the first."""
+    count = iter(range(step + 1))
+    handle = register_optimizer_step_pre_hook(lambda *_: ctrl_c() if next(count, None) == step else None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def ctrl_c(*args: Any, **kwargs: Any) -> Any:
     """To put in the place of what shall be interrupted."""
     raise KeyboardInterrupt
+
+
+def other_dtype() -> str:
+    """The one that ``auto`` would not choose on this processor."""
+    return "float32" if choose_dtype(torch.device("cpu")) == torch.bfloat16 else "bfloat16"
+
+
+def chosen_by_auto(config: RunConfig) -> RunConfig:
+    """Have an interrupted run look as if another processor's ``auto`` had chosen its dtype."""
+    assert config.output.dir is not None
+    file, stated = Path(config.output.dir) / "config.toml", f'dtype = "{config.model.dtype}"'
+    text = file.read_text(encoding="utf-8")
+    assert text.count(stated) == 1
+    file.write_text(text.replace(stated, 'dtype = "auto"'), encoding="utf-8")
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "auto"})})
 
 
 def untimed(log: Path) -> str:

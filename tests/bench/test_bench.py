@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -28,7 +29,6 @@ from processes import PATIENCE, interrupted, lines
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ffgym.agents.reinforce import Reinforce
 from ffgym.bench import cell as cell_module
 from ffgym.bench.bench import bench
 from ffgym.bench.cell import CELL_RESULT, Job
@@ -38,7 +38,6 @@ from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
 from ffgym.errors import ConfigError, ModelError, WorkerError
-from ffgym.pipeline import task
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
 
@@ -208,30 +207,15 @@ def test_fewer_marks_keep_the_first_and_the_last(tmp_path: Path) -> None:
     assert noted[2].items() <= noted[3].items() <= noted[8].items()
 
 
-def test_the_dense_model_is_measured_once_a_prepared_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[tuple[int, ...]] = []
-    on_report = cell_module.on_report
-
-    def counted(space: Any, kept: tuple[int, ...], **options: bool) -> Any:
-        measured.append(kept)
-        return on_report(space, kept, **options)
-
-    monkeypatch.setattr(cell_module, "on_report", counted)
-    variants = {"other": {"agent": {"name": "uniform"}, "criterion": {"name": "magnitude"}}}
-    (table,), _ = call(bench_file(tmp_path, agents=["uniform", "mlp-first", "other"], seeds=[0], variants=variants))
-    dense = max(measured, key=sum)
-    assert measured.count(dense) == 2
-    assert {row.label for row in table.rows} == {"uniform", "mlp-first", "other"}
-
-
 # nothing twice
 
 
-def test_what_is_there_is_not_computed_again(finished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_is_not_computed_again(finished: Any) -> None:
     file, table, _ = finished
-    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
-    assert call(file)[0] == [table]
-    assert call(file, only_report=True)[0] == [table]
+    for options in ({}, {"only_report": True}):
+        tables, said = call(file, **options)
+        assert tables == [table]
+        assert "done in" not in said, "no stage was gone through"
 
 
 def test_a_missing_cell_alone_is_computed(finished: Any, tmp_path: Path, steps: list[int]) -> None:
@@ -549,19 +533,35 @@ def test_ctrl_c_while_a_finished_cell_is_written_leaves_nothing_open(
     assert numbers(tmp_path / "small")["reinforce-seed1"] == numbers(finished[0].parent / "small")["reinforce-seed1"]
 
 
+EDITED = """
+import ffgym
+from ffgym.agents.reinforce import Reinforce
+
+class Edited(Reinforce):
+    name = "edited"
+    edition = 1
+
+@ffgym.hookimpl
+def ffgym_agents():
+    return [Edited]
+"""
+
+
 def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
-    tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, steps: list[int], install: Callable[..., None]
 ) -> None:
-    file = bench_file(tmp_path, agents=["reinforce"], seeds=[1])
+    install("acme-edited", EDITED)
+    agent = {"name": "edited", "slope_share": 0.0}
+    file = bench_file(tmp_path, agents=["edited"], seeds=[1], tables={"agent": agent})
     steps[0] = 5
     with pytest.raises(KeyboardInterrupt):
         call(file)
-    monkeypatch.setattr(Reinforce, "edition", Reinforce.edition + 1)
+    importlib.import_module("acme_edited").Edited.edition = 2
     steps[:] = [10**6]
     call(file)
     assert len(steps) - 1 == EPISODES
     (result,) = (json.loads(path.read_text()) for path in (tmp_path / "small").glob("*.json"))
-    assert result["editions"] == {"agent": Reinforce.edition}
+    assert result["editions"] == {"agent": 2}
 
 
 # variants, many files

@@ -13,23 +13,32 @@ from typing import Any
 
 import pytest
 import tomli_w
-from glass_runs import EPISODES, PER_UPDATE, ctrl_c, glass_config, glass_home, glass_tables, go, stopping
+from glass_runs import (
+    EPISODES,
+    PER_UPDATE,
+    chosen_by_auto,
+    ctrl_c,
+    glass_config,
+    glass_home,
+    glass_tables,
+    go,
+    other_dtype,
+    stopping,
+)
 from mlflow_store import client, new_store, runs
 from processes import lines
 from rich.console import Console
 from safetensors.torch import load_file, save
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 from typer.testing import CliRunner
 
 import ffgym
 from ffgym.cli import app
 from ffgym.config.tables import RunConfig
 from ffgym.errors import DataError, ModelError, OutputError
-from ffgym.models import placement
-from ffgym.pipeline import task
 from ffgym.pipeline.folder import RunFolder, is_finished, read_record
-from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.log import read_log
-from ffgym.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
@@ -50,13 +59,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(tmp_path_factory: pytest.TempPathFactory, hooked_episodes: Any) -> Path:
     """The folder of a run that was interrupted in its sixth episode."""
-    folder, reward, count = tmp_path_factory.mktemp("stopped"), Perplexity.__call__, iter(range(6))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Perplexity, "__call__", lambda *given: ctrl_c() if next(count) == 5 else reward(*given))
-        with pytest.raises(KeyboardInterrupt):
-            go(config(folder))
+    folder, count = tmp_path_factory.mktemp("stopped"), iter(range(6))
+    with hooked_episodes(lambda: next(count) == 5 and ctrl_c()), pytest.raises(KeyboardInterrupt):
+        go(config(folder))
     return folder / "out"
 
 
@@ -106,12 +113,11 @@ def test_one_that_follows_slopes_first_ends_the_same_too(tmp_path: Path, steps: 
     assert_same(result.folder, whole.folder)
 
 
-def test_a_search_does_not_go_on_with_another_edition_of_a_plugin(
-    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_search_does_not_go_on_with_another_edition_of_a_plugin(stopped: Path, tmp_path: Path) -> None:
     out = shutil.copytree(stopped, tmp_path / "out")
-    monkeypatch.setattr(Perplexity, "edition", 2)
-    with pytest.raises(OutputError, match=r"the plugin named in \[reward\] has changed .* \(edition 1 then, 2 now\)"):
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**record, "editions": {"reward": 2}}))
+    with pytest.raises(OutputError, match=r"the plugin named in \[reward\] has changed .* \(edition 2 then, 1 now\)"):
         go(config(tmp_path), resume=out)
     assert (out / "episodes.jsonl").read_bytes() == (stopped / "episodes.jsonl").read_bytes()
 
@@ -159,13 +165,12 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, bytes]]:
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_says_so_and_nothing_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_says_so_and_nothing_is_done(tmp_path: Path) -> None:
     root = new_store(tmp_path / "mlruns")
     whole, _ = go(config(tmp_path, tracking=TRACKED))
     before = snapshot(tmp_path)
-    monkeypatch.setattr(task, "load_parts", lambda config: pytest.fail("something was loaded"))
     result, said = finished(config(tmp_path, tracking=TRACKED), whole.folder)
-    assert f"the run in {whole.folder} is finished: there is nothing left to do" in said
+    assert said == f"the run in {whole.folder} is finished: there is nothing left to do\n"
     assert snapshot(tmp_path) == before
     assert runs(root)[0].info.status == "FINISHED"
     now, then = result.to_json(), whole.to_json()
@@ -206,13 +211,20 @@ def test_what_a_finished_run_has_lost_comes_out_the_same_without_an_episode(
     assert not list(again.folder.glob(".model*"))
 
 
-def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = new_store(tmp_path / "mlruns")
+def test_a_run_is_finished_when_mlflow_knows_it_too(tmp_path: Path) -> None:
+    root, due = new_store(tmp_path / "mlruns"), ["INSERT INTO metrics"]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "log_result", ctrl_c)
+    def executed(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if due and statement.startswith(due[0]) and "result/perplexity" in str(parameters):
+            due.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    event.listen(Engine, "before_cursor_execute", executed)
+    try:
         with pytest.raises(KeyboardInterrupt):
             go(config(tmp_path, tracking=TRACKED))
+    finally:
+        event.remove(Engine, "before_cursor_execute", executed)
     go(config(tmp_path, tracking=TRACKED), resume=tmp_path / "out")
     (run,) = runs(root)
     assert run.info.status == "FINISHED"
@@ -333,18 +345,17 @@ def test_a_session_without_tracking_does_not_lose_the_mlflow_run(tmp_path: Path,
     assert len(client(root).get_metric_history(result.mlflow_run, "search/reward")) == EPISODES
 
 
-def test_a_run_is_never_made_of_two_dtypes(tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_never_made_of_two_dtypes(tmp_path: Path, steps: list[int]) -> None:
     """``auto`` follows the processor, and the next session may have another one."""
-    auto = {**glass_tables(tmp_path)["model"], "dtype": "auto"}
-    whole, _ = go(config(tmp_path / "whole", model={**auto, "dtype": "float32"}))
-    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: False)
+    model = {**glass_tables(tmp_path)["model"], "dtype": other_dtype()}
+    whole, _ = go(config(tmp_path / "whole", model=model))
+    began = config(tmp_path, model=model)
     steps[0] = len(steps) + 4
     with pytest.raises(KeyboardInterrupt):
-        go(config(tmp_path, model=auto))
-    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: True)
+        go(began)
     steps[0] = 10**6
-    result, said = go(config(tmp_path, model=auto), resume=tmp_path / "out")
-    assert "float32 on cpu" in said
+    result, said = go(chosen_by_auto(began), resume=tmp_path / "out")
+    assert f"{other_dtype()} on cpu" in said
     assert [e.loss for e in result.found.history] == [e.loss for e in whole.found.history]
 
 
@@ -448,15 +459,15 @@ def test_what_cannot_go_on_is_a_message_and_a_hint(
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_killed_process_goes_on(tmp_path: Path, before_episodes: Any) -> None:
+def test_a_killed_process_goes_on(tmp_path: Path, hooked_episodes: Any) -> None:
     """SIGKILL leaves nothing but what was written: the log of episodes and the configuration."""
     new_store(tmp_path / "mlruns")
     tracked = config(tmp_path, tracking=TRACKED, search={"random_baseline": False})
     log = tmp_path / "out" / "episodes.jsonl"
 
     def killed() -> None:
-        before_episodes(lambda: lines(log) > PER_UPDATE and os.kill(os.getpid(), signal.SIGKILL))
-        go(tracked)
+        with hooked_episodes(lambda: lines(log) > PER_UPDATE and os.kill(os.getpid(), signal.SIGKILL)):
+            go(tracked)
 
     process = multiprocessing.get_context("fork").Process(target=killed)
     process.start()

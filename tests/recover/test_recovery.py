@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shlex
 import shutil
-from collections.abc import Callable
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,17 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from glass_runs import WINDOW, glass_config, glass_home, glass_tables, go
+from glass_runs import (
+    WINDOW,
+    chosen_by_auto,
+    ctrl_c_in_step,
+    glass_config,
+    glass_home,
+    glass_tables,
+    go,
+    other_dtype,
+    stopping,
+)
 from mlflow_store import client, new_store, runs
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -28,12 +37,10 @@ from ffgym.config.toml import load_config
 from ffgym.errors import ConfigError, DataError, FFGymError, ModelError, OutputError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.export.refresh import refresh
-from ffgym.models import placement
 from ffgym.models.loading import load
 from ffgym.models.origin import dense_model, texts_of
 from ffgym.pipeline.compare import with_recovered
 from ffgym.prepare.parts import load_parts
-from ffgym.recover import lora as lora_module
 from ffgym.recover import recover
 from ffgym.recover.folders import find_run_config, place_lock, unfinished_folder
 from ffgym.recover.result import RecoveredModel
@@ -237,51 +244,29 @@ def test_the_callers_modes_change_no_bit(finished: tuple[Path, RecoveredModel], 
 # going on after Ctrl-C
 
 
-def stop(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int) -> Callable[[], None]:
-    """Ctrl-C in the ``call``-th call of a function; what it gives back takes that away again."""
-    whole, count = getattr(module, name), iter(range(10**6))
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if next(count) == call:
-            raise KeyboardInterrupt
-        return whole(*arguments, **options)
-
-    monkeypatch.setattr(module, name, interrupted)
-    return lambda: monkeypatch.setattr(module, name, whole)
-
-
 @pytest.mark.parametrize(
-    ("method", "module", "name", "call"),
-    [
-        ("lora", lora_module, "rate_at", 3),  # in a step
-        ("lora", recover, "save_again", 0),  # when all is trained
-        ("distil-mlp", recover, "recovered_card", 0),
-    ],
+    ("method", "in_step"), [("lora", True), ("lora", False), ("distil-mlp", False)], ids=["step", "end", "distil"]
 )
 def test_the_same_command_goes_on_and_ends_with_the_same_bits(
-    finished: tuple[Path, RecoveredModel],
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    method: str,
-    module: Any,
-    name: str,
-    call: int,
+    finished: tuple[Path, RecoveredModel], folder: Path, tmp_path: Path, method: str, in_step: bool
 ) -> None:
     expected = finished[1] if method == "lora" else recovered(folder, method, output=tmp_path / "whole")
-    whole = expected.saved.path
-    console = Console(file=io.StringIO(), width=300)
-    undo = stop(monkeypatch, module, name, call)
-    with pytest.raises(KeyboardInterrupt):
-        recovered(folder, method, output=tmp_path / "parts", progress=console)
+    whole, out = expected.saved.path, tmp_path / "parts"
+    if in_step:
+        console = Console(file=io.StringIO(), width=300)
+        with ctrl_c_in_step(3), pytest.raises(KeyboardInterrupt):
+            recovered(folder, method, output=out, progress=console)
+    else:  # when all is trained and measured
+        console = stopping(f"report: {method}: done", KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            recovered(folder, method, output=out, progress=console)
     assert "the same command continues it" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert not (tmp_path / "parts").exists()
+    assert not out.exists()
     assert not [path for path in (tmp_path / "parts.unfinished").iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
-    undo()
-    result = recovered(folder, method, output=tmp_path / "parts")
-    assert same_weights(tmp_path / "parts", whole)
+    result = recovered(folder, method, output=out)
+    assert same_weights(out, whole)
     assert result.after == expected.after
-    assert (tmp_path / "parts" / "recovery.json").read_bytes() == (whole / "recovery.json").read_bytes()
+    assert (out / "recovery.json").read_bytes() == (whole / "recovery.json").read_bytes()
     assert not (tmp_path / "parts.unfinished").exists()
 
 
@@ -290,20 +275,16 @@ def test_a_place_belongs_to_one_training_at_a_time(folder: Path, tmp_path: Path)
         recovered(folder, output=tmp_path / "out")
 
 
-def test_ctrl_c_in_the_terminal_saves_and_exits_130(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop(monkeypatch, lora_module, "rate_at", 3)
+def test_ctrl_c_in_the_terminal_saves_and_exits_130(folder: Path, tmp_path: Path) -> None:
     options = ["--method", "lora", "--set", "recover.checkpoint_every=1", "--output", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, ["recover", str(folder), *options])
+    with ctrl_c_in_step(3):
+        done = CliRunner().invoke(app, ["recover", str(folder), *options])
     assert (done.exit_code, done.stdout) == (130, ""), done.output
     assert "the same command continues it" in done.stderr
     assert (tmp_path / "out.unfinished" / "lora.safetensors").exists()
 
 
-def test_an_interrupted_training_is_killed_in_mlflow_which_says_how_to_go_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_training_is_killed_in_mlflow_which_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
     new_store(tmp_path / "mlruns")
     config = load_config(
         folder / "config.toml",
@@ -311,10 +292,8 @@ def test_an_interrupted_training_is_killed_in_mlflow_which_says_how_to_go_on(
         seed=5,
         model={"dtype": "bfloat16"},
     )
-    undo = stop(monkeypatch, lora_module, "rate_at", 3)
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c_in_step(3), pytest.raises(KeyboardInterrupt):
         recovered(folder, config=config)
-    undo()
     with pytest.raises(RecoveryError, match="holds an unfinished training"):
         recovered(folder, config=config.model_copy(update={"seed": 6}))
     first, refused = runs(tmp_path / "mlruns")
@@ -360,14 +339,12 @@ def test_a_run_recovers_after_its_final_calibration(
 
 
 def test_a_run_that_was_interrupted_while_training_is_resumed(
-    finished: tuple[Path, RecoveredModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, RecoveredModel], tmp_path: Path
 ) -> None:
     config = glass_config(tmp_path, **changes(method="lora"))
     console = Console(file=io.StringIO(), width=300)
-    undo = stop(monkeypatch, lora_module, "rate_at", 3)
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c_in_step(3), pytest.raises(KeyboardInterrupt):
         ffgym.run(config, progress=console)
-    undo()
     folder, said = tmp_path / "out", console.file.getvalue()  # type: ignore[attr-defined]
     assert said.splitlines()[-1] == f"continue where it stopped: ffgym run --resume {folder}"
     assert "ffgym recover" not in said
@@ -379,33 +356,29 @@ def test_a_run_that_was_interrupted_while_training_is_resumed(
     assert same_weights(folder / "model-recovered", finished[1].saved.path)
 
 
-def test_a_training_goes_on_in_the_dtype_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_goes_on_in_the_dtype_of_its_run(tmp_path: Path) -> None:
     """``auto`` follows the processor, and the next session may have another one."""
-    auto = {**glass_tables(tmp_path)["model"], "dtype": "auto"}
-    config = glass_config(tmp_path, model=auto, **changes(method="lora"))
-    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: True)
-    undo = stop(monkeypatch, lora_module, "rate_at", 3)
-    with pytest.raises(KeyboardInterrupt):
+    own = {**glass_tables(tmp_path)["model"], "dtype": other_dtype()}
+    config = glass_config(tmp_path, model=own, **changes(method="lora"))
+    with ctrl_c_in_step(3), pytest.raises(KeyboardInterrupt):
         go(config)
-    undo()
-    monkeypatch.setattr(placement, "cpu_multiplies_bfloat16", lambda: False)
-    result, said = go(config, resume=tmp_path / "out")
+    result, said = go(chosen_by_auto(config), resume=tmp_path / "out")
     assert "going on with the training" in said
     assert result.recovered is not None
-    assert result.recovered.dtype == "bfloat16"
-    other = with_recovered(result.table, replace(result.recovered, dtype="float32"), config, "float16").rows[-1]
-    assert other.note.endswith("; measured in float32, in which it was trained")
+    assert result.recovered.dtype == config.model.dtype
+    other = with_recovered(result.table, replace(result.recovered, dtype="float64"), config, "float16").rows[-1]
+    assert other.note.endswith("; measured in float64, in which it was trained")
     assert "measured in" not in result.table.rows[-1].note
 
 
-def test_a_run_says_before_its_search_what_its_recovery_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ffgym.pipeline.search.search_front", lambda *_, **__: pytest.fail("searched"))
+def test_a_run_says_before_its_search_what_its_recovery_lacks(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.txt"):
         go(glass_config(tmp_path, **changes(method="lora", corpus="nowhere.txt")))
+    assert not (tmp_path / "out" / "episodes.jsonl").exists()
 
 
 def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RecoveryError, match="needs the package peft") as caught:
         go(glass_config(tmp_path, **changes(method="lora")))
     assert caught.value.hint == "Install it: pip install 'ffgym[recover]'", "which versions only pyproject.toml says"
@@ -438,15 +411,12 @@ def fails(folder: Path, error: type[FFGymError], complaint: str, **options: Any)
     return raised.value
 
 
-def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = recovered(folder).saved.path
-    with monkeypatch.context() as patch:
-        patch.setattr(recover, "load", lambda *_, **__: pytest.fail("loaded"))
-        assert "Name one" in str(fails(folder, ModelError, "several models: model, model-recovered").hint)
-        error = fails(folder / "model", OutputError, "exists and is not empty")
+def test_output_that_is_there_is_kept_unless_it_may_be_overwritten(folder: Path) -> None:
+    place, console = recovered(folder).saved.path, Console(file=io.StringIO())
+    assert "Name one" in str(fails(folder, ModelError, "several models: model, model-recovered").hint)
+    error = fails(folder / "model", OutputError, "exists and is not empty", progress=console)
     assert "--overwrite" in str(error.hint)
+    assert console.file.getvalue() == "", "nothing was loaded"  # type: ignore[attr-defined]
     before = weights(place)
     recovered(folder / "model", config=configured(folder).model_copy(update={"seed": 1}), overwrite=True)
     assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(place).items())
@@ -463,13 +433,9 @@ def test_output_in_the_models_own_folder_is_refused(folder: Path, place: str) ->
     fails(folder, OutputError, "share files", output=folder / place, overwrite=True)
 
 
-def test_a_training_of_another_configuration_or_model_is_not_gone_on_with(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    undo = stop(monkeypatch, lora_module, "rate_at", 3)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_training_of_another_configuration_or_model_is_not_gone_on_with(folder: Path) -> None:
+    with ctrl_c_in_step(3), pytest.raises(KeyboardInterrupt):
         recovered(folder)
-    undo()
     noted = json.loads((folder / "model-recovered.unfinished" / "identity.json").read_text())
     assert (noted["method"], noted["rank"], noted["alpha"], noted["learning_rate"]) == ("lora", 16, 32.0, 5e-4)
     assert "checkpoint_every" not in noted
@@ -494,7 +460,7 @@ def test_without_a_method_or_a_dense_model_nothing_starts(folder: Path, monkeypa
     error = fails(folder, RecoveryError, "recover.method is none", method="none")
     assert "--method lora" in str(error.hint)
     with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        patch.setitem(sys.modules, "peft", None)
         error = fails(folder, RecoveryError, "peft")
     assert "pip install" in str(error.hint)
     config = with_dense(configured(folder, "distil-mlp"), None)
