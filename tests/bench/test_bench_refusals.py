@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import glass_runs
 import pytest
-from glass_runs import bench_file, glass_home, glass_tables
+from glass_runs import NO_MODEL, glass_home, glass_tables
 from latency_tables import made_up_table
 from rich.console import Console
 
-from ffgym.agents.random_search import RandomSearch
-from ffgym.agents.reinforce import Reinforce
-from ffgym.bench import bench as bench_module
 from ffgym.bench.bench import bench
 from ffgym.bench.cell import Cell, write_result
 from ffgym.bench.checks import check_benches
@@ -24,15 +22,15 @@ from ffgym.costs.latency_table import to_json
 from ffgym.errors import ConfigError, OutputError, WorkerError
 from ffgym.models.loading import load
 from ffgym.pipeline.agent import policy_digest
-from ffgym.plugins import discovery
 from ffgym.prepare.configured import editions
 from ffgym.prepare.parts import table_digest
 
+pytestmark = pytest.mark.usefixtures("only_builtins")
 
-@pytest.fixture(autouse=True)
-def _nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(discovery.ENVIRONMENT_VARIABLE, "")
-    monkeypatch.setattr(bench_module, "compute", lambda *args, **options: pytest.fail("something was computed"))
+
+def bench_file(folder: Path, *, tables: dict[str, Any] | None = None, **spec: Any) -> Path:
+    """A bench whose model is not there: nothing can be computed."""
+    return glass_runs.bench_file(folder, tables={"model": NO_MODEL, **(tables or {})}, **spec)
 
 
 def refused(folder: Path, said: str, **spec: Any) -> str | None:
@@ -70,6 +68,9 @@ def a_result(cell: Cell) -> CellResult:
     )
 
 
+TOO_SMALL = r"search\.episodes_per_update is 1.*\n.*Set search\.episodes_per_update to"
+
+
 def variant(**tables: Any) -> dict[str, Any]:
     """A bench of ``random`` and of a variant of it."""
     return {"agents": ["random", "other"], "variants": {"other": {"agent": {"name": "random"}, **tables}}}
@@ -99,18 +100,6 @@ def test_a_missing_file_is_called_a_bench_file(tmp_path: Path) -> None:
         read_bench(tmp_path / "nowhere.toml")
 
 
-@pytest.mark.parametrize("agent", ["ppo", "evopress"])
-def test_updates_that_are_too_small_for_one_of_the_agents(tmp_path: Path, agent: str) -> None:
-    small = {"search": {"episodes_per_update": 1}}
-    hint = refused(tmp_path, r"search\.episodes_per_update is 1", tables=small, agents=["random", agent])
-    assert "Set search.episodes_per_update to" in str(hint)
-
-
-def test_a_variant_that_no_agent_names(tmp_path: Path) -> None:
-    hint = refused(tmp_path, "variants has 'rnadom', which agents", variants={"rnadom": {"agent": {"name": "random"}}})
-    assert hint == "Named in agents: random."
-
-
 def test_a_variant_with_the_name_of_an_agent_that_another_would_search(tmp_path: Path) -> None:
     few = {"search": {"episodes": 12}}
     hint = refused(tmp_path, "'random' has the name of an agent.*who searches", variants={"random": few})
@@ -119,31 +108,6 @@ def test_a_variant_with_the_name_of_an_agent_that_another_would_search(tmp_path:
     said = {**few, "agent": {"name": "random"}}
     (cell,) = read_bench(bench_file(tmp_path, variants={"random": said})).cells
     assert (cell.config.agent.name, cell.config.search.episodes) == ("random", 12)
-
-
-def test_a_policy_that_is_not_there(tmp_path: Path) -> None:
-    refused(tmp_path, r"search\.init_from = 'nowhere'", **variant(search={"init_from": "nowhere"}))
-
-
-@pytest.mark.parametrize(
-    ("tables", "said"),
-    [
-        ({"data": {"report_tokens": 512}}, r"data\.report_tokens is 1024 for random and 512 for other"),
-        ({"search": {"episodes": 16}}, r"1024 for random and 2048 for other"),
-        ({"search": {"episode_tokens": 64}}, r"1024 for random and 512 for other"),
-        ({"search": {"episodes": 9}}, r"whole updates.* is 1024 for random and 1536 for other"),
-        ({"search": {"finalists": 9}}, r"search\.finalists is \d+ for random and 9 for other"),
-        ({"search": {"final_tokens": 640}}, r"search\.final_tokens is 512 for random and 640 for other"),
-        (
-            {"data": {"search": [str(glass_home() / "c4.txt"), str(glass_home() / "wiki.txt")]}},
-            r"data\.search is 'no text of data.report' for random and \[.*\] for other",
-        ),
-        ({"prune": {"latency_table": "t.json"}}, r"prune\.latency_table is None for random and 't\.json' for other"),
-        ({"prune": {"resource": "kv"}}, r"prune\.resource is 'params' for random and 'kv' for other"),
-    ],
-)
-def test_unequal_terms(tmp_path: Path, tables: dict[str, Any], said: str) -> None:
-    refused(tmp_path, said, **variant(**tables))
 
 
 def test_texts_to_prepare_and_search_with_may_differ(tmp_path: Path) -> None:
@@ -178,21 +142,13 @@ def test_a_variants_plugin_takes_no_options_of_the_one_it_replaces(tmp_path: Pat
     assert owl.prior.options == {}
 
 
-def test_a_wrong_option_says_in_which_row(tmp_path: Path) -> None:
-    refused(tmp_path, r"small\.toml, other: unknown key 'lr'", **variant(agent={"name": "reinforce", "lr": 1.0}))
-
-
-def test_a_plugins_default_that_has_moved_outdates_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_has_another_value_now_outdates_results(tmp_path: Path) -> None:
     path = bench_file(tmp_path, agents=["reinforce"])
     (cell,) = read_bench(path).cells
-    write_result(cell.path, a_result(cell))
-    monkeypatch.setattr(Reinforce.Config.model_fields["smooth"], "default", 0.1)
-    Reinforce.Config.model_rebuild(force=True)
-    try:
-        refused(tmp_path, r"another configuration: agent\.smooth was 0\.95 and is 0\.1 now", agents=["reinforce"])
-    finally:
-        monkeypatch.undo()
-        Reinforce.Config.model_rebuild(force=True)
+    result = a_result(cell)
+    result.settings["agent"]["smooth"] = 0.1  # an earlier default
+    write_result(cell.path, result)
+    refused(tmp_path, r"another configuration: agent\.smooth was 0\.1 and is 0\.95 now", agents=["reinforce"])
 
 
 def test_an_option_that_a_plugin_has_learnt_since_outdates_no_results(tmp_path: Path) -> None:
@@ -202,30 +158,6 @@ def test_an_option_that_a_plugin_has_learnt_since_outdates_no_results(tmp_path: 
     del result.settings["agent"]["smooth"]
     write_result(cell.path, result)
     assert bench([path], progress=Console(quiet=True), only_report=True)
-
-
-def test_two_revisions_of_a_model(tmp_path: Path) -> None:
-    refused(tmp_path, r"on one model, these name .*glass, .*glass at v1", **variant(model={"revision": "v1"}))
-
-
-def test_a_recovery_that_a_bench_would_not_measure(tmp_path: Path) -> None:
-    hint = refused(tmp_path, "recover.method = 'lora'", **variant(recover={"method": "lora"}))
-    assert "ffgym recover" in hint
-
-
-def test_seeds_that_a_heuristic_would_not_run(tmp_path: Path) -> None:
-    more = {"agents": ["random", "uniform"], "more_seeds": {"random": [1], "uniform": [3]}}
-    hint = refused(tmp_path, "more_seeds has 'uniform', a heuristic", **more)
-    assert hint == "Leave it out of more_seeds."
-
-
-@pytest.mark.parametrize("label", ["a/b", "../other", "/other"])
-def test_a_name_that_is_no_file_name(tmp_path: Path, label: str) -> None:
-    refused(tmp_path, "cannot name a file", agents=[label], variants={label: {"agent": {"name": "random"}}})
-
-
-def test_a_seed_beside_the_seeds(tmp_path: Path) -> None:
-    assert refused(tmp_path, "sets `seed`", **variant(seed=3)) == "Use `seeds`."
 
 
 def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
@@ -246,15 +178,58 @@ def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
         ({"agents": []}, r"agents = \[\]: needs at least one entry"),
         ({"agents": ["random", "random"]}, "agents = .* twice"),
         ({"seeds": [1, 1]}, "seeds = .* twice"),
+        ({"seeds": ["a"]}, "seeds = 'a': should be a valid integer"),
+        (variant(seed=3), "sets `seed`.*\n.*Use `seeds`"),
         ({"sedes": [1]}, r"small\.toml: unknown .* 'sedes'"),
         ({"tables": {"prune": {"sparsty": 0.2}}}, r"'sparsty' in \[prune\]"),
+        ({"baseline": "random-"}, r"small\.toml: unknown baseline 'random-'\n.*Did you mean 'random'\?"),
         (
             {"agents": ["few"], "variants": {"few": {"agent": {"name": "reinforce"}, "search": {"episodes": 3}}}},
             r"search\.episodes = 3 is less than an update of agent",
         ),
-        ({"seeds": ["a"]}, "seeds = 'a': should be a valid integer"),
-        (variant(prune=3), "prune = 3: should be a table"),
+        *(
+            ({"agents": ["random", agent], "tables": {"search": {"episodes_per_update": 1}}}, TOO_SMALL)
+            for agent in ("ppo", "evopress")
+        ),
+        (
+            {"agents": ["random", "uniform"], "more_seeds": {"random": [1], "uniform": [3]}},
+            "more_seeds has 'uniform', a heuristic.*\n.*Leave it out of more_seeds",
+        ),
+        (
+            {"tables": {"prune": {"resource": "latency", "context": 64}}},
+            "random names none.*\n.*ffgym latency MODEL --output FILE",
+        ),
+        # variants
+        (
+            {"variants": {"rnadom": {"agent": {"name": "random"}}}},
+            "'rnadom', which agents.*\n.*agents: random",
+        ),
+        *(
+            ({"agents": [label], "variants": {label: {"agent": {"name": "random"}}}}, "cannot name a file")
+            for label in ("a/b", "../other", "/other")
+        ),
         ({"agents": ["other"], "variants": {"other": {"agent": "random"}}}, "agent = 'random': should be a table"),
+        (variant(prune=3), "prune = 3: should be a table"),
+        (variant(agent={"name": "reinforce", "lr": 1.0}), r"small\.toml, other: unknown key 'lr'"),
+        (variant(search={"init_from": "nowhere"}), r"search\.init_from = 'nowhere'"),
+        (variant(model={"revision": "v1"}), "on one model, these name .*model, .*model at v1"),
+        (variant(recover={"method": "lora"}), "recover.method = 'lora'.*\n.*ffgym recover"),
+        # unequal terms
+        (variant(data={"report_tokens": 512}), r"data\.report_tokens is 1024 for random and 512 for other"),
+        (variant(search={"episodes": 16}), "1024 for random and 2048 for other"),
+        (variant(search={"episode_tokens": 64}), "1024 for random and 512 for other"),
+        (variant(search={"episodes": 9}), "whole updates.* is 1024 for random and 1536 for other"),
+        (variant(search={"finalists": 9}), r"search\.finalists is \d+ for random and 9 for other"),
+        (variant(search={"final_tokens": 640}), r"search\.final_tokens is 512 for random and 640 for other"),
+        (
+            variant(data={"search": [str(glass_home() / "c4.txt"), str(glass_home() / "wiki.txt")]}),
+            r"data\.search is 'no text of data.report' for random and \[.*\] for other",
+        ),
+        (
+            variant(prune={"latency_table": "t.json"}),
+            r"prune\.latency_table is None for random and 't\.json' for other",
+        ),
+        (variant(prune={"resource": "kv"}), r"prune\.resource is 'params' for random and 'kv' for other"),
     ],
 )
 def test_what_is_wrong_with_a_bench_file_is_said(tmp_path: Path, spec: dict[str, Any], said: str) -> None:
@@ -294,12 +269,6 @@ def test_another_policy_in_the_same_place(tmp_path: Path) -> None:
     check_benches([read_bench(path)])  # what was measured stays valid
 
 
-def test_times_that_the_next_sitting_would_measure_anew(tmp_path: Path) -> None:
-    hint = refused(tmp_path, "random names none", tables={"prune": {"resource": "latency", "context": 64}})
-    assert hint is not None
-    assert "ffgym latency MODEL --output FILE" in hint
-
-
 def test_other_times_in_the_same_place(tmp_path: Path) -> None:
     model = load(str(glass_home() / "glass"), dtype="float32").model
     times = made_up_table(model, context=64)
@@ -313,20 +282,8 @@ def test_other_times_in_the_same_place(tmp_path: Path) -> None:
     refused(tmp_path, f"prune.latency_table = '{table}' holds other times now", tables=run)
 
 
-def test_a_result_of_an_earlier_edition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_of_another_edition(tmp_path: Path) -> None:
     path = bench_file(tmp_path)
     (cell,) = read_bench(path).cells
-    write_result(cell.path, a_result(cell))
-    monkeypatch.setattr(RandomSearch, "edition", 2)
-    refused(tmp_path, r"another configuration: the plugin named in \[agent\] has changed .* \(edition 1 then, 2 now\)")
     write_result(cell.path, a_result(cell).model_copy(update={"editions": {"agent": 2}}))
-    check_benches([read_bench(path)])
-    monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"\[agent\] has changed .* \(edition 2 then, 1 now\)"):
-        check_benches([read_bench(path)])
-
-
-def test_a_baseline_that_nobody_runs(tmp_path: Path) -> None:
-    agents = ["random", "evolution"]
-    hint = refused(tmp_path, r"small\.toml: unknown baseline 'evolutoin'", agents=agents, baseline="evolutoin")
-    assert "Did you mean 'evolution'?" in str(hint)
+    refused(tmp_path, r"another configuration: the plugin named in \[agent\] has changed .* \(edition 2 then, 1 now\)")
