@@ -26,6 +26,14 @@ from sleeping import SleepingCrew
 MOMENT = 0.02
 
 
+@pytest.fixture
+def put_forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``put_forward(seconds)`` moves the clock: nobody waits for what has to be late."""
+    now, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + sum(ahead))
+    return ahead.append
+
+
 def requests(count: int, windows: int = 1) -> list[Request]:
     return [Request((i,), tuple(range(windows))) for i in range(count)]
 
@@ -96,12 +104,17 @@ def test_a_worker_that_dies_is_replaced_and_its_work_is_done_again() -> None:
     ]
 
 
-def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ffgym.execute.shares.LEAST_PATIENCE", 0.2)
-    crew = SleepingCrew(lambda worker: 60.0 if crew.started == [0] else 0.0)
+def test_a_worker_that_hangs_is_replaced(put_forward: Callable[[float], None]) -> None:
+    class Hanging(SleepingCrew):
+        def give(self, worker: int, job: Any) -> None:
+            super().give(worker, job)
+            if self.started == [0]:
+                put_forward(600.0)
+
+    crew = Hanging(lambda worker: 60.0 if crew.started == [0] else 0.0)
     speeds, said = Speeds(known={0: 0.001}), list[str]()
     assert len(update(crew, 1, requests(2), speeds, said).answers) == 2
-    assert re.match(r"worker 1 did nothing for \d+ s and its work is done again", said[1])
+    assert re.match(r"worker 1 did nothing for [\d,]+ s and its work is done again", said[1])
 
 
 def test_work_that_no_worker_survives_stops() -> None:
@@ -165,37 +178,49 @@ def test_ray_is_asked_nothing_once_ending_a_worker_has_shown_that_the_connection
     assert str(ray.mock_calls[-1]).startswith("call.kill(")
 
 
-def test_loading_that_no_worker_survives_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ffgym.execute.pool.PAUSE_SECONDS", MOMENT)
-    crew = SleepingCrew(lambda worker: 0.0, dies=lambda worker, job: job == 0)
+def test_loading_that_no_worker_survives_stops(put_forward: Callable[[float], None]) -> None:
+    class Hopeless(SleepingCrew):
+        def hear(self, seconds: float) -> list[News]:
+            put_forward(10.0)
+            return super().hear(seconds)
+
+    crew = Hopeless(lambda worker: 0.0, dies=lambda worker, job: job == 0)
     with pytest.raises(WorkerError, match="worker 1 died, 3 times in a row while it was loading"):
         update(crew, 1, requests(2))
 
 
-@pytest.mark.parametrize("shortage", ["the cluster is full", ""])
-def test_what_workers_wait_for_is_told_once(shortage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Waiting(SleepingCrew):
-        def shortage(self) -> str:
-            return shortage
+class Late(SleepingCrew):
+    """Workers that take a minute and a half, by the clock, when they start for this time."""
 
-    monkeypatch.setattr("ffgym.execute.pool.SILENT_SECONDS", MOMENT)
+    def __init__(self, put_forward: Callable[[float], None], time: int, why: str, **options: Any) -> None:
+        super().__init__(lambda worker: 0.0, loading=0.5, **options)
+        self._put_forward, self._late, self._why = put_forward, time, why
+
+    def shortage(self) -> str:
+        return self._why
+
+    def hear(self, seconds: float) -> list[News]:
+        if len(self.started) == self._late:
+            self._late = 0
+            self._put_forward(90.0)
+        return super().hear(seconds)
+
+
+@pytest.mark.parametrize("shortage", ["the cluster is full", ""])
+def test_what_workers_wait_for_is_told_once(shortage: str, put_forward: Callable[[float], None]) -> None:
+
     said: list[str] = []
-    update(Waiting(lambda worker: 0.0, loading=0.5), 2, requests(2), said=said)
+    update(Late(put_forward, 2, shortage), 2, requests(2), said=said)
     why = ["no worker has started yet: the cluster is full; waiting for 30 min at most"] if shortage else []
     assert said == ["loading the model in 2 workers", *why]
 
 
-def test_workers_that_have_run_are_not_said_to_start_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Emptied(SleepingCrew):
-        def shortage(self) -> str:
-            return "the cluster has no machine left"
-
-    said: list[str] = []
-    pool = Pool(Emptied(lambda worker: 0.0, loading=0.5, dies=lambda worker, job: job == 2), 1, said.append)
+def test_workers_that_have_run_are_not_said_to_start_for_the_first_time(put_forward: Callable[[float], None]) -> None:
+    why, said = "the cluster has no machine left", list[str]()
+    pool = Pool(Late(put_forward, 2, why, dies=lambda worker, job: job == 2), 1, said.append)
     pool.work(Shares(requests(1), Speeds()), 1)
-    monkeypatch.setattr("ffgym.execute.pool.SILENT_SECONDS", MOMENT)
     pool.work(Shares(requests(1), Speeds()), 1)
-    assert said[2:] == ["no worker is running: the cluster has no machine left; waiting for 30 min at most"]
+    assert said[2:] == [f"no worker is running: {why}; waiting for 30 min at most"]
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
