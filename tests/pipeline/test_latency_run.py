@@ -21,7 +21,6 @@ from ffgym.costs.latency_table import LatencyTable, read_table, to_json
 from ffgym.errors import BudgetError, ConfigError
 from ffgym.files import write_text
 from ffgym.models.loading import load
-from ffgym.pipeline import task
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.prepare.parts import make_reward
 from ffgym.testing.models import tiny_model
@@ -119,13 +118,10 @@ def test_a_run_that_goes_on_counts_the_times_that_it_has_counted(
         assert (parts.folder / name).read_text() == (whole.folder / name).read_text()
 
 
-def test_the_table_of_another_model_is_refused_before_statistics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(task, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
+def test_the_table_of_another_model_is_refused_before_statistics(tmp_path: Path) -> None:
     config = timed(tmp_path, made_up_table(tiny_model("llama"), context=WINDOW))
     with pytest.raises(BudgetError, match=r"given\.json was timed on another model: hidden 32, here"):
-        go(config)
+        ffgym.run(config, progress=stopping("collect statistics", KeyboardInterrupt()))
     assert not (tmp_path / "out").exists()
 
 

@@ -32,6 +32,7 @@ from glass_runs import (
     glass_home,
     glass_tables,
     stages_are_announced,
+    stopping,
     untimed,
 )
 from mlflow_store import client, new_store, runs
@@ -627,16 +628,12 @@ def test_a_policy_for_other_sublayers_is_refused(finished: Finished, tmp_path: P
 # the output folder
 
 
-def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(
-    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_occupied_folder_is_refused_unless_it_may_be_overwritten(finished: Finished, tmp_path: Path) -> None:
     out = shutil.copytree(finished.folder, tmp_path / "out")
     for name in ("model-recovered", "model-0.30", "model-0.30-recovered", "model-0.30-recovered.unfinished"):
         (out / name).mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(task, "load_parts", lambda config: pytest.fail("the model was loaded"))
-        with pytest.raises(OutputError, match="exists and is not empty") as raised:
-            finish(glass_config(tmp_path))
+    with pytest.raises(OutputError, match="exists and is not empty") as raised:
+        finish(glass_config(tmp_path, model=NO_MODEL))
     assert "--overwrite" in str(raised.value.hint)
     again = finish(glass_config(tmp_path, search={"random_baseline": False}, output={"overwrite": True}))
     assert {path.name for path in out.iterdir()} == FILES - {"episodes-random.jsonl"}
@@ -740,12 +737,9 @@ def test_unknown_names_and_options_fail_before_the_model_is_loaded(
 
 
 @pytest.mark.parametrize("prune", [{"resource": "kv", "sparsity": 0.9}, {"sparsity": 0.999}])
-def test_a_sparsity_out_of_reach_names_the_range_before_statistics(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prune: dict[str, Any]
-) -> None:
-    monkeypatch.setattr(task, "prepare_model", lambda *args, **kwargs: pytest.fail("statistics were collected"))
+def test_a_sparsity_out_of_reach_names_the_range_before_statistics(tmp_path: Path, prune: dict[str, Any]) -> None:
     with pytest.raises(BudgetError) as raised:
-        finish(glass_config(tmp_path, prune=prune))
+        ffgym.run(glass_config(tmp_path, prune=prune), progress=stopping("collect statistics", KeyboardInterrupt()))
     assert str(prune["sparsity"]) in str(raised.value)
     assert "0.5" in str(raised.value) if "resource" in prune else "reach" in str(raised.value)
 

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from ffgym.config.tables import RunConfig
-from ffgym.heuristics.uniform import Uniform
 from ffgym.pipeline.task import Task
+
+COUNTING = """
+import ffgym
+from ffgym.heuristics.uniform import Uniform
+
+class Counting(Uniform):
+    name = "counting"
+    asked = []
+
+    def importance(self, views):
+        self.asked.append(self.target)
+        return super().importance(views)
+
+@ffgym.hookimpl
+def ffgym_heuristics():
+    return [Counting]
+"""
 
 
 def test_a_heuristic_is_asked_once_for_a_target(
-    make_env: Callable[..., Any], prepared_llama: Any, monkeypatch: pytest.MonkeyPatch
+    make_env: Callable[..., Any], prepared_llama: Any, install: Callable[..., None]
 ) -> None:
     """Some take seconds: an eigendecomposition of every weight."""
-    asked: list[float] = []
-    once = Uniform.importance
-    monkeypatch.setattr(Uniform, "importance", lambda self, views: asked.append(self.target) or once(self, views))
+    install("acme-counting", COUNTING)
     nothing: Any = None
     task = Task(RunConfig(), nothing, nothing, prepared_llama, make_env(sparsity=0.3), nothing, {})
     for target in (0.3, 0.3, 0.2):
-        task.project("uniform", {}, target)
-    assert asked == [0.3, 0.2]
+        task.project("counting", {}, target)
+    assert importlib.import_module("acme_counting").Counting.asked == [0.3, 0.2]

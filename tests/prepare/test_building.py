@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 
 import numpy as np
@@ -220,6 +221,6 @@ def test_batches_are_larger_on_an_accelerator():
 
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_run, monkeypatch):
-    monkeypatch.setattr("ffgym.prepare.planning.free_memory", lambda device: 1e6)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (10**6, 10**6))
     with pytest.raises(FitError, match=r"does not fit: .* needs .* of memory, most of it for libraries"):
         make_pruning_env(RunConfig.model_validate(tiny_run))

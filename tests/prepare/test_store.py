@@ -20,7 +20,6 @@ from ffgym.criteria.wanda import Wanda
 from ffgym.data import cache
 from ffgym.errors import ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
-from ffgym.prepare import store
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.store import is_stored, opened_or_prepared, store_key, weights_digest
 from ffgym.testing.models import tiny_model
@@ -271,7 +270,7 @@ class TestSize:
     def test_a_disk_without_room_is_an_error_before_anything_is_computed(
         self, told: Told, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10))
         with pytest.raises(OutputError, match=r"the prepared model takes [\d.]+ [KM]B, and 10 B are free") as caught:
             go(told)
         assert "FFGYM_CACHE_SIZE=0" in (caught.value.hint or "")
@@ -281,7 +280,7 @@ class TestSize:
         go(told)
         (entry,) = cache.entries("prepared")
         cache.remove(entry)
-        monkeypatch.setattr(store.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0.8 * entry.bytes))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=0.8 * entry.bytes))
         with pytest.raises(OutputError, match="the prepared model takes"):
             go(told)
 
