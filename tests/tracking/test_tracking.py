@@ -393,10 +393,10 @@ def saved_model(home):
 
 
 @pytest.mark.parametrize("copied", [True, False])
-def test_a_saved_model_is_a_logged_model_once_and_a_large_one_stays_where_it_is(root, tmp_path, monkeypatch, copied):
-    if not copied:
-        monkeypatch.setattr("ffgym.tracking.models.MOST_COPIED_BYTES", 3)
+def test_a_saved_model_is_a_logged_model_once_and_a_large_one_stays_where_it_is(root, tmp_path, copied):
     folder = saved_model(tmp_path)
+    if not copied:
+        os.truncate(folder / "model.safetensors", 2 * 10**9)  # without taking any room
     with Tracker(root, "ffgym", "a 20 % run") as tracker:
         tracker.log_params({"agent": "ppo"})
         tracker.log_result(Result(30.0))
@@ -654,17 +654,17 @@ def test_what_a_store_does_not_take_in_mid_run_is_kept_and_sent_by_sync(root, tm
 
 
 def test_a_run_sends_what_was_kept_once_its_store_takes_it(root, make_trouble, monkeypatch):
-    monkeypatch.setattr("ffgym.tracking.tracker.RETRY_SECONDS", 0.0)
-    said = []
+    said, now = [], time.monotonic
     with Tracker(root, "ffgym", "run", unsent=root.parent, notify=said.append) as tracker:
         make_well = make_trouble("moved")
         for step in (0, 1):
             tracker.log_metrics([("search/reward", 0.1, step)])
         make_well()
+        monkeypatch.setattr(time, "monotonic", lambda: now() + 3600)
         tracker.log_metrics([("search/reward", 0.1, 2)])
+        history = client(root).get_metric_history(tracker.run_id, "search/reward")
+        assert [point.step for point in history] == [0, 1, 2], "before it ends"
     assert len(said) == 1
-    history = client(root).get_metric_history(tracker.run_id, "search/reward")
-    assert [point.step for point in history] == [0, 1, 2]
 
 
 def test_a_model_that_was_copied_in_part_is_logged_once(root, tmp_path):
