@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -65,7 +66,7 @@ class TestRecorder:
     def now(self, monkeypatch):
         """A clock that stands still until a test moves it."""
         now = [1000.0]
-        monkeypatch.setattr("ffgym.search.log.time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
         return now
 
     def test_writes_what_is_new_and_times_it(self, now, tmp_path):
