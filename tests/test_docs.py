@@ -201,12 +201,6 @@ def test_the_house_is_drawn_as_the_imports_are_held() -> None:
     assert {name for line in named for name in line} <= rooms, "the data flow names a room that is not there"
 
 
-def test_the_first_page_names_the_commands_that_a_newcomer_needs() -> None:
-    first = text("README.md").partition("## Your model")[0]
-    assert "make run" in first
-    assert "make test" in first
-
-
 # --- links ------------------------------------------------------------------------------------------------------------
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 
 import numpy as np
 import pytest
 
 from ffgym.agents.reinforce import Reinforce, pair_advantages
-from ffgym.plugins import built_ins, manager
 from ffgym.testing.toys import BudgetRangeEnv
 
 BUDGETS = (0.1, 0.5)
@@ -123,16 +121,6 @@ def test_a_step_moves_the_mean_where_it_was_measured_by_all_of_it(budgets, spars
     np.testing.assert_allclose(agent._mean(sparsity) - before, step, atol=1e-9)
 
 
-def test_a_step_at_one_end_leaves_the_other_where_it_is():
-    agent = policy()
-    agent.begin(dimensions=6, batch=4, seed=0)
-    observations = np.tile(np.array([0.1, 1.0]), (4, 1))
-    for rewards in ([1.0, 0.5, 0.0, 0.2], [0.0, 0.1, 0.4, 0.2]):
-        agent.tell(observations, agent.ask(observations), np.array(rewards))
-    np.testing.assert_allclose(agent._mean(0.5), 0, atol=1e-12)
-    assert np.abs(agent._mean(0.1)).max() > 0.01
-
-
 def test_a_mean_beyond_the_edge_is_brought_back_where_it_was_measured_only():
     agent = policy(ends=(np.full(6, 0.99), np.full(6, 0.5)), learning_rate=50.0)
     agent.begin(dimensions=6, batch=4, seed=0)
@@ -200,26 +188,3 @@ def test_same_seed_same_search():
         policy().learn(env, seed=3, on_update=updates.append)
         rewards.append([update.rewards for update in updates])
     assert all(map(np.array_equal, *rewards))
-
-
-def test_only_reinforce_says_that_it_follows_the_target():
-    conditioned = [name for name in built_ins.BUILTINS["agent"] if manager.get_class("agent", name).budget_conditioned]
-    assert conditioned == ["reinforce"]
-
-
-def test_the_toy_moves_with_the_sparsity_and_covers_the_range():
-    env = BudgetRangeEnv(4, 6, 80)
-    observations, _ = env.reset(seed=0)
-    seen = []
-    while env.tokens_left:
-        seen.append(float(observations[0, 0]))
-        assert len(set(observations[:, 0].tolist())) == 1
-        best = env.optimum_at(env.sparsity).astype(np.float32)
-        observations, rewards, *_, infos = env.step(np.tile(best, (4, 1)))
-        np.testing.assert_allclose(rewards, 1.0, atol=1e-9)
-        assert infos["final_obs"][0, 0] == np.float32(seen[-1])
-    assert len(set(seen)) == 20
-    assert np.histogram(seen, bins=5, range=BUDGETS)[0].min() >= 3
-    distances = [np.abs(env.optimum_at(a) - env.optimum_at(b)).max() for a, b in itertools.pairwise(POINTS)]
-    assert min(distances) > 0.05
-    assert max(np.abs(env.optimum_at(sparsity)).max() for sparsity in POINTS) < 1

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import changed_settings, digest, flatten, load_config, settings, to_toml
+from ffgym.config.toml import changed_settings, digest, load_config, settings, to_toml
 from ffgym.errors import ConfigError
 
 
@@ -104,10 +104,6 @@ def test_digest_follows_what_decides_the_numbers() -> None:
     assert base == digest(load_config(workers={"count": 2}))
     assert base != digest(load_config(seed=1))
     assert base != digest(load_config(agent={"lr": 0.1}))
-
-
-def test_nested_tables_become_dotted_keys() -> None:
-    assert flatten({"a": {"b": {"c": 1}, "e": {}}, "d": [1, 2]}) == {"a.b.c": 1, "a.e": {}, "d": [1, 2]}
 
 
 def test_stored_settings_are_compared_key_by_key() -> None:

@@ -117,26 +117,24 @@ def test_a_budget_that_a_wrong_time_puts_out_of_reach_says_where_to_look(model, 
     assert "a wrong time in the latency table" in raised.value.hint
 
 
-class TestFit:
-    def test_a_deeper_model(self, table):
-        with pytest.raises(BudgetError, match=r"latency table x\.json .*another model: layers 3, here 4\n"):
-            table.check_fits(tiny_model("llama", layers=4), context=64, source="x.json")
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (tiny_model("llama", layers=4), r"latency table x\.json .*another model: layers 3, here 4\n"),
+        (tiny_model("qwen2"), "family 'llama', here 'qwen2'; attention: unit_params"),
+        (tiny_model("llama", grouped_query=False), "attention: units 2, here 4.*\n.*ffgym latency"),
+    ],
+    ids=["deeper", "family", "heads"],
+)
+def test_the_times_of_another_model_are_refused(table, other, said):
+    with pytest.raises(BudgetError, match=said):
+        table.check_fits(other, context=64, source="x.json")
 
-    def test_another_family(self, table):
-        with pytest.raises(BudgetError, match="family 'llama', here 'qwen2'; attention: unit_params"):
-            table.check_fits(tiny_model("qwen2"), context=64, source="x.json")
 
-    def test_other_heads(self, table):
-        with pytest.raises(BudgetError, match="attention: units 2, here 4") as raised:
-            table.check_fits(tiny_model("llama", grouped_query=False), context=64, source="x.json")
-        assert "ffgym latency" in raised.value.hint
-
-    def test_no_curve_of_that_kind(self, model, table):
-        only = changed(table, curves=[table.curves[0].model_dump(mode="json")])
-        with pytest.raises(BudgetError, match="mlp: no times"):
-            only.check_fits(model, context=64, source="x.json")
-
-    def test_another_context(self, model, table):
-        with pytest.raises(BudgetError, match=r"timed on 64 tokens, prune\.context is 1024") as raised:
-            table.check_fits(model, context=1024, source="x.json")
-        assert "prune.context=64" in raised.value.hint
+def test_times_of_one_kind_or_another_context_are_refused(model, table):
+    only = changed(table, curves=[table.curves[0].model_dump(mode="json")])
+    with pytest.raises(BudgetError, match="mlp: no times"):
+        only.check_fits(model, context=64, source="x.json")
+    with pytest.raises(BudgetError, match=r"timed on 64 tokens, prune\.context is 1024") as raised:
+        table.check_fits(model, context=1024, source="x.json")
+    assert "prune.context=64" in raised.value.hint

@@ -10,7 +10,7 @@ from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.costs import sublayer_times
 from ffgym.costs.latency_table import layer_shapes
-from ffgym.costs.sublayer_times import _probes, processor, threads_of, time_model
+from ffgym.costs.sublayer_times import _probes, processor, time_model
 from ffgym.models.cut import PrunableModel
 from ffgym.testing.models import tiny_model
 
@@ -89,10 +89,6 @@ def test_the_processor_has_the_name_that_linux_gives_it():
     name, _, capability = processor(torch.device("cpu")).rpartition(" (")
     assert f": {name}\n" in facts.read_text()
     assert capability == f"{torch.backends.cpu.get_cpu_capability()})"
-
-
-def test_the_threads_of_a_processor_are_torchs():
-    assert threads_of(torch.device("cpu")) == torch.get_num_threads()
 
 
 def test_off_linux_the_processor_has_a_name_too(monkeypatch):

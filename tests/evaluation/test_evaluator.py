@@ -21,7 +21,6 @@ from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.evaluation.perplexity import evaluate, head_share
 from ffgym.execute.shares import joined, parts
 from ffgym.prepare.paths import prepare
-from ffgym.pruning.calibration import NestedRidge
 from ffgym.testing.models import tiny_model
 
 TOKENS_PER_BATCH = 60  # three windows of 20 tokens
@@ -194,21 +193,6 @@ class TestSharing:
         evaluator(prunable, windows).measure([Request((1, 20 + i) * 3, (i, 4, 5), (0,), needs) for i in range(3)])
         assert calls.layers == sorted(calls.layers)
         calls.remove()
-
-    def test_a_level_is_refitted_once(self, prepared, windows, monkeypatch):
-        prunable = prepared("llama")
-        formed = []
-        weights_at = NestedRidge.weights_at
-
-        def counted(path, levels):
-            for k, weight in weights_at(path, levels):
-                formed.append((id(path), k))
-                yield k, weight
-
-        monkeypatch.setattr(NestedRidge, "weights_at", counted)
-        kept = [(a, m) * 3 for a in (1, 2) for m in (20, 30)]
-        evaluator(prunable, windows).measure([Request(k, (i % 2,)) for i, k in enumerate(kept)])
-        assert len(formed) == len(set(formed)) == 3 * 3, "20 and 30 channels, and one of the two KV groups"
 
 
 class TestAround:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ffgym.errors import ModelError, OutputError
-from ffgym.export.checkpoint import SavedModel, load_line, save_pruned, uneven_model
+from ffgym.export.checkpoint import SavedModel, load_line, save_pruned
 from ffgym.export.refresh import refresh
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
@@ -276,15 +276,6 @@ class TestUse:
         assert (logits - saved.models[name](IDS).logits).abs().max() < 0.5
         assert model.generate(IDS.to(model.device), max_new_tokens=2).shape == (2, 14)
 
-    def test_a_model_saved_in_bfloat16_is_loaded_in_it_bit_by_bit(self, tmp_path):
-        prunable = PrunableModel(tiny_model("llama", dtype=torch.bfloat16))
-        prunable.cut(EMPTIED)
-        save_pruned(prunable, None, tmp_path / "m")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-        assert loaded.dtype == torch.bfloat16
-        with torch.no_grad():
-            assert torch.equal(loaded(IDS).logits, prunable.model(IDS).logits)
-
     def test_a_model_that_works_in_float32_can_be_saved_in_bfloat16(self, tmp_path):
         prunable = pruned("llama", EMPTIED, biases=True)
         before = {name: weight.clone() for name, weight in prunable.model.state_dict().items()}
@@ -391,13 +382,6 @@ class TestOnDisk:
         save_pruned(env.prunable, None, tmp_path / "m")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").eval()
         assert torch.equal(model(IDS).logits, env.prunable.model(IDS).logits)
-
-    def test_exporting_leaves_the_model_as_it_was(self):
-        prunable = pruned("llama", EMPTIED)
-        before = prunable.model(IDS).logits
-        uneven_model(prunable)
-        assert torch.equal(prunable.model(IDS).logits, before)
-        assert type(prunable.model.config) is LlamaConfig
 
 
 class TestRefusals:

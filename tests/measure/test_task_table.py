@@ -51,17 +51,6 @@ def test_a_task_that_a_model_has_not_finished_shows_a_dash():
     assert boolq.split()[-1] == "-"
 
 
-def test_two_models_fit_into_eighty_columns():
-    table = TaskTable(
-        tuple(scores(name, *(result(task, 0.5, 0.5) for task in PAPER_TASKS)) for name in ("demo", "runs/x/model")),
-        task_set(*PAPER_TASKS),
-        None,
-    )
-    text = rendered(table, 80)
-    assert text.count("0.5000 ± 0.0123") == 14
-    assert all(task[:12] in text for task in PAPER_TASKS)
-
-
 def test_tasks_and_metrics_stay_readable_beside_three_models():
     names = ("models/dense", "runs/x/model", "runs/x/model-recovered")
     table = TaskTable(

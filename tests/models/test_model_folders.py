@@ -21,12 +21,6 @@ def run(tmp_path):
 
 
 class TestFolder:
-    def test_is_the_one_given(self, run):
-        assert model_folder(run / "model") == run / "model"
-
-    def test_or_the_model_of_the_run(self, run):
-        assert model_folder(run) == run / "model"
-
     def test_a_folder_that_is_not_there(self, tmp_path):
         with pytest.raises(ModelError, match="nowhere' does not exist") as raised:
             model_folder(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import pytest
 
 from ffgym.errors import OutputError
 from ffgym.report.comparison import differences_figure
-from ffgym.report.figures import SERIES, allocations_figure, reward_figure, units_kept_figure
+from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.paired import Difference
 from ffgym.types import Allocation, Episode, Sublayer
 
@@ -107,10 +107,6 @@ def test_allocations_are_drawn_as_the_mean_of_every_update(tmp_path):
     for axes in figure.axes[:2]:
         assert axes.images[0].get_array().shape == (4, 2), "layers, updates"
         assert set(axes.images[0].get_array().ravel()) == {75.0}
-
-
-def test_looks_differ_in_colour_and_in_marker():
-    assert len({look["color"] for look in SERIES}) == len({look["marker"] for look in SERIES}) == len(SERIES) == 6
 
 
 def test_a_forest_plot_shows_every_interval_and_ties_hollow(tmp_path):
