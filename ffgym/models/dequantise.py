@@ -25,6 +25,7 @@ from ffgym.models.loading_errors import AGAIN, quiet
 GGUF_DTYPE = torch.float16
 GGUF_NAMES = {"gemma3": "gemma3_text"}
 """Families by llama.cpp's names, where they differ from those of transformers."""
+LARGEST_GEMMAS = (46, 62)  # depths of Gemma 2 27B and Gemma 3 27B
 BLOCK = re.compile(r"blk\.(\d+)\.")
 USE_THE_SOURCE = "Name the safetensors folder that it was made from, or start from the dense model."
 
@@ -82,8 +83,12 @@ def _read_gguf(gguf: Path, *, any_family: bool) -> tuple[Any, Any]:
     # The weights are plain tensors now; without these marks save_pretrained takes them for quantised and refuses.
     model.hf_quantizer = None
     model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if hasattr(config, "query_pre_attn_scalar"):  # no file holds it: llama.cpp has a rule, transformers its default
+        heads, by_hidden = config.num_attention_heads, config.num_hidden_layers in LARGEST_GEMMAS
+        config.query_pre_attn_scalar = config.hidden_size // heads if by_hidden else config.head_dim
     return model, tokenizer
 
 

@@ -353,6 +353,26 @@ def test_a_file_is_loaded_as_what_it_is(name: str, tmp_path: Path) -> None:
     assert loaded.tokenizer("the winds").input_ids == byte_level()("the winds").input_ids
 
 
+@pytest.mark.parametrize(
+    ("family", "layers", "kept", "scalar"),
+    [
+        ("gemma2", 3, (2, 48), 8),  # the channels of a head
+        ("gemma3_text", 1, (2, 48), 8),
+        ("gemma2", 46, (1, 30), 16),  # as deep as Gemma 2 27B: the hidden size, 32, over the 2 heads that are left
+    ],
+)
+def test_gemma_scales_attention_scores_as_llama_cpp_does(
+    family: str, layers: int, kept: tuple[int, int], scalar: int, tmp_path: Path
+) -> None:
+    case = pruned(family, kept * layers, layers=layers)
+    case.model.config.query_pre_attn_scalar = scalar
+    written = export_gguf(save(case, tmp_path / "m"), tmp_path / "m.gguf")
+    loaded = load(str(written.path), dtype="float32", device="cpu").model
+    assert loaded.config.query_pre_attn_scalar == scalar
+    if layers < 46:  # float16's rounding grows with the depth
+        torch.testing.assert_close(loaded(IDS[None]).logits[0], expected(case), atol=0.1, rtol=0)
+
+
 @pytest.mark.parametrize(("name", "reason"), NOT_READ_AGAIN.items())
 def test_a_file_that_would_be_another_model_is_refused(name: str, reason: str, tmp_path: Path) -> None:
     written = export_gguf(save(WRITTEN[name][0](), tmp_path / "m"), tmp_path / "m.gguf")
