@@ -21,7 +21,7 @@ from ffgym.types import JSONDict
 
 IDENTITY = "identity.json"
 SUFFIX = ".safetensors"
-START_ANEW = "Delete it, or start anew with --overwrite."
+START_ANEW = "Delete the folder that it lies in, and start anew."
 
 T = TypeVar("T")
 _IDENTITY = FileFormat("identity of a training", JSONDict, RecoveryError, START_ANEW)

@@ -86,11 +86,11 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"\x80\x04\x95"])
 def test_a_damaged_part_is_said_to_be(tmp_path: Path, content: bytes) -> None:
-    checkpoint = claimed(tmp_path / "c")
-    checkpoint.save("lora", TENSORS, {})
+    claimed(tmp_path / "c").save("lora", TENSORS, {})
     (tmp_path / "c" / "lora.safetensors").write_bytes(content)
-    with pytest.raises(RecoveryError, match="damaged"):
-        checkpoint.load("lora", dict[str, Any])
+    with pytest.raises(RecoveryError, match="damaged") as raised:
+        claimed(tmp_path / "c", overwrite=True).load("lora", dict[str, Any])
+    assert raised.value.hint == "Delete the folder that it lies in, and start anew.", "--overwrite keeps the parts"
 
 
 def test_every_gpu_has_a_random_state_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
