@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,17 @@ from ffgym.files import replacing, write_text
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading_errors import quiet
 from ffgym.models.origin import FILE, Origin
-from ffgym.models.towers import ABOUT_THE_SOURCE, Towers
+from ffgym.models.towers import ABOUT_THE_SOURCE, PROCESSOR_FILES, Towers
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.report.card import LOAD_CODE
 from ffgym.types import Kind
 
+# What a saved model consists of, whatever its tokenizer; any other file in its folder is the user's own.
+REPLACED = (
+    *("config.json", "generation_config.json", "model*.safetensors*", "modeling_ffgym.py"),
+    *("*token*.json", "tekken.json", "vocab.*", "merges.txt", "*.model", f"{CHAT_TEMPLATE_DIR}/", *PROCESSOR_FILES),
+    *("README.md", "config.toml", "recovery.json", FILE),
+)
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
 
 
@@ -81,7 +88,7 @@ def save_pruned(
         ModelError: no checkpoint of this kind can say what was kept, or its generation config is invalid.
     """
     place = Path(directory).expanduser().resolve()
-    refuse_occupied(place, overwrite)
+    refuse_occupied(place, overwrite, files)
     pruned = (stock_model if stock else uneven_model)(prunable)
     if towers is not None:
         pruned, files = towers.around(pruned, prunable.family), [*files, *towers.files]
@@ -121,7 +128,7 @@ def save_again(
         ModelError: its generation config is invalid.
     """
     place = Path(directory).expanduser().resolve()
-    refuse_occupied(place, overwrite)
+    refuse_occupied(place, overwrite, files)
     if towers is not None:
         model, files = towers.whole, [*files, *towers.files]
     if dtype is not None:
@@ -384,17 +391,19 @@ def _checkpoint_weights(prunable: PrunableModel) -> dict[str, torch.Tensor]:
     return weights
 
 
-def refuse_occupied(place: Path, overwrite: bool) -> None:
-    """Raise ``OutputError`` where a model may not be written: a file, or a folder that holds something."""
+def refuse_occupied(place: Path, overwrite: bool, files: Sequence[Path] = ()) -> None:
+    """Raise ``OutputError`` where a model, with these files, may not be written: a file, or a folder that is in use."""
     if place.exists() and not place.is_dir():
         raise OutputError(f"{place} is a file, not a folder", hint="Choose another folder.")
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"{place} exists and is not empty", hint="Choose another folder, or pass --overwrite.")
-    others = [path for path in place.iterdir() if path.is_dir() and path.name != CHAT_TEMPLATE_DIR]
+    replaced = (*REPLACED, *(file.name for file in files))
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in place.iterdir()]
+    others = sorted(name for name in names if not any(fnmatchcase(name, ours) for ours in replaced))
     if others or not (place / "config.json").is_file() or not any(place.glob("*.safetensors")):
-        what = f"holds {others[0].name}/" if others else "holds no model"
+        what = f"holds {others[0]}" if others else "holds no model"
         raise OutputError(
             f"{place} is not empty and {what}: replacing it would delete other files",
             hint="Choose another folder, or empty this one yourself.",

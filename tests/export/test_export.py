@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -404,6 +405,14 @@ class TestRefusals:
         assert not (tmp_path / "m" / "model-00001-of-00002.safetensors").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
+    @pytest.mark.parametrize("name", ["mine.gguf", "notes.txt", "adapter_model.safetensors", "figures.json"])
+    def test_overwrite_never_deletes_what_somebody_put_beside_a_model(self, prunable, tmp_path, name):
+        save_pruned(prunable, byte_level(), tmp_path)
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(OutputError, match=f"holds {re.escape(name)}"):
+            save_pruned(prunable, byte_level(), tmp_path, overwrite=True)
+        assert (tmp_path / name).read_text() == "mine"
+
     @pytest.mark.parametrize("umask", [0o022, 0o077])
     def test_files_get_the_mode_that_the_umask_gives(self, prunable, tmp_path, umask):
         before = os.umask(umask)
@@ -417,7 +426,7 @@ class TestRefusals:
 
     def test_overwrite_never_deletes_what_is_no_checkpoint(self, prunable, tmp_path):
         (tmp_path / "thesis.tex").write_text("years")
-        with pytest.raises(OutputError, match="holds no model"):
+        with pytest.raises(OutputError, match=r"holds thesis\.tex"):
             save_pruned(prunable, None, tmp_path, overwrite=True)
         assert (tmp_path / "thesis.tex").read_text() == "years"
 
@@ -425,7 +434,7 @@ class TestRefusals:
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(OutputError, match="holds no model"):
             save_pruned(prunable, None, tmp_path, overwrite=True)
-        (tmp_path / "old.safetensors").write_text("")
+        (tmp_path / "model.safetensors").write_text("")
         (tmp_path / "src").mkdir()
         with pytest.raises(OutputError, match="holds src/"):
             save_pruned(prunable, None, tmp_path, overwrite=True)

@@ -161,9 +161,9 @@ def test_progress_begins_at_0_and_reaches_the_end(tmp_path: Path) -> None:
 
 def test_it_is_replaced_where_asked_for(tmp_path: Path) -> None:
     _, folder, _ = written(tmp_path, UNEVEN)
-    (folder / "stale.txt").write_text("old")
+    (folder / "model-00009-of-00009.safetensors").write_text("old")
     export(tmp_path / "model", folder, name="nemotron-nas", overwrite=True)
-    assert not (folder / "stale.txt").exists()
+    assert not (folder / "model-00009-of-00009.safetensors").exists()
 
 
 def test_the_command_says_how_to_run_it(tmp_path: Path) -> None:
