@@ -274,6 +274,8 @@ class _Recovery:
                 f"{who}: after training, parameter {name} is {returned.get(name, 'gone')}, not {given[name]}",
                 hint="Hand the model back as it was given: convert it back, and take out what was put in.",
             )
+        for parameter in setup.model.parameters():  # what is measured is what will be saved
+            parameter.data.copy_(parameter.data.to(self.loaded.saved_dtype or self.loaded.dtype))
         after, where = setup.held_out_loss(), "held-out windows of the search split"
         setup.log([("held_out_before", before, 0), ("held_out_after", after, 0)])
         if after < before:

@@ -489,6 +489,16 @@ def test_a_model_of_16_bits_that_is_trained_in_float32_is_saved_in_16(folder: Pa
     result = recovered(folder, config=configured(folder))
     assert "float32" in result.table.header
     assert {tensor.dtype for tensor in weights(result.saved.path).values()} == {torch.float16}
+    _, splits = load_parts(configured(folder))
+    saved = load(str(result.saved.path), dtype="float32", device="cpu").model
+    assert evaluate(saved, splits.report.windows).losses == result.table.rows[-1].evaluation.losses
+
+
+def test_a_training_whose_gain_is_rounded_away_is_not_kept(folder: Path) -> None:
+    load(str(folder / "model"), device="cpu").model.to(torch.bfloat16).save_pretrained(folder / "model")
+    result = recovered(folder, recover={"learning_rate": 1e-7})
+    assert not result.is_kept
+    assert same_weights(result.saved.path, folder / "model")
 
 
 @pytest.mark.parametrize("dense", [None, "no-such-folder/at/all"])
