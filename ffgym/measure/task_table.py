@@ -160,7 +160,7 @@ def _notes(table: TaskTable) -> list[str]:
                     " than on other text."
                 )
             if result.text is not None and len({text.digest for text in _losses(table, result.task) if text}) > 1:
-                notes.append(f"{result.task}: tokenizers differ, and so perplexities of a token do not compare.")
+                notes.append(f"{result.task}: windows differ, by tokenizer or context, so perplexities do not compare.")
             if result.truncated:
                 notes.append(
                     f"{model.name}, {result.task}: {result.truncated:,} requests were longer than the model's context"

@@ -239,7 +239,16 @@ def test_models_of_two_tokenizers_are_not_compared(folder: Path, text: Path, tmp
     (other / "tokenizer.json").write_text(json.dumps(words))
     done = call(str(folder), str(other), "--text", str(text))
     assert any(line.split() == ["difference", "-", "-"] for line in done.stdout.splitlines())
-    assert "tokenizers differ" in done.stdout
+    assert "windows differ, by tokenizer or context" in done.stdout
+
+
+def test_models_of_two_contexts_are_not_compared(folder: Path, text: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    done = call(str(folder), str(other), "--text", str(text))
+    assert any(line.split() == ["difference", "-", "-"] for line in done.stdout.splitlines())
+    assert "windows differ, by tokenizer or context" in done.stdout
 
 
 def run_of(dense: str, folder: Path, run: Path) -> str:
