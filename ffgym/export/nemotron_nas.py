@@ -22,6 +22,7 @@ from ffgym.export.checkpoint import refuse_occupied
 from ffgym.export.format import OTHERWISE, Exported, ExportFormat
 from ffgym.export.tensors import EMBEDDING, OUTPUT, SavedWeights, read_checkpoint
 from ffgym.files import OUTPUT_OPTION, replacing
+from ffgym.models.checkpoint import DTYPES
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load_tokenizer
 from ffgym.models.loading_errors import quiet
@@ -77,7 +78,7 @@ class NemotronNas(ExportFormat):
             layers = [_layer(index, config) for index in range(config.num_hidden_layers)]
             part.mkdir()
             written = _write(part, config, layers, saved, progress)
-            _write_config(part, config, layers)
+            _write_config(part, config, layers, DTYPES[saved.dtype(EMBEDDING)])
             load_tokenizer(folder).save_pretrained(part)
             if (folder / "generation_config.json").is_file():
                 shutil.copyfile(folder / "generation_config.json", part / "generation_config.json")
@@ -178,7 +179,7 @@ def _read(layer: _Layer, saved: SavedWeights) -> dict[str, torch.Tensor]:
     return weights | {name: saved.take(name, (hidden,))() for name in layer.norms}
 
 
-def _write_config(folder: Path, config: Any, layers: list[_Layer]) -> None:
+def _write_config(folder: Path, config: Any, layers: list[_Layer], dtype: str) -> None:
     rope = dict(config.rope_parameters or {})
     theta = rope.pop("rope_theta", 10000.0)
     said = {
@@ -191,7 +192,7 @@ def _write_config(folder: Path, config: Any, layers: list[_Layer]) -> None:
         "rope_theta": theta,
         "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "torch_dtype": dtype,
     }
     (folder / "config.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
 

@@ -174,13 +174,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return MODEL_CONFIG.read(config)
 
 
-def check_folder(folder: Path) -> None:
-    """Say what a folder lacks before transformers says it at length."""
-    read_config(folder)
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Say what a folder lacks before transformers says it at length; the content of its ``config.json``."""
+    config = read_config(folder)
     if any(folder.glob("*.safetensors")):
         if lacking := [path.name for path in weight_files(folder) if not path.is_file()]:
             raise ModelError(f"folder {str(folder)!r} lacks {', '.join(lacking)}, which its index names", hint=AGAIN)
-        return
+        return config
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         raise pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))
     raise ModelError(
@@ -197,7 +197,7 @@ def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: 
     register_saved(config)
     text = config.get("text_config")
     if text is not None and not isinstance(text, dict):
-        raise misfit(name, f"text_config = {text!r} is no table")
+        raise misfit(name, f"text_config = {text!r} is no JSON object")
     if not any_family:
         check_architecture(config)
     quantisation = config.get("quantization_config")

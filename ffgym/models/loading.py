@@ -25,6 +25,7 @@ from ffgym.models.checkpoint import (
     check_sizes,
     read_config,
     weight_files,
+    weights_on_disk,
 )
 from ffgym.models.dequantise import converted, dequantised, refuse_what_would_be_lost
 from ffgym.models.families import register_saved
@@ -133,7 +134,7 @@ def load(
         config = check_hub_config(name, revision, any_family=any_family, local_files_only=offline)
     else:
         config = check_sizes(name, local, any_family=any_family)
-    saved = narrower_dtype(_dtype_in(config), chosen)
+    saved = narrower_dtype(_dtype_in(config) or (local and weights_on_disk(local)[1]), chosen)
     if has_towers(config) and (streamed or device == "balanced"):
         raise ModelError(
             f"model {name!r} has several towers, so that it is loaded into memory as a whole: its layers can neither be"
@@ -270,8 +271,7 @@ def load_config(folder: Path) -> Any:
     """
     if not folder.is_dir():
         raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
-    check_folder(folder)
-    content = read_config(folder)
+    content = check_folder(folder)
     if content.get("text_config") is not None:
         raise ModelError(
             f"the model in {str(folder)!r}, of type {content.get('model_type')!r}, has several towers, and only"

@@ -166,6 +166,14 @@ def test_it_is_replaced_where_asked_for(tmp_path: Path) -> None:
     assert not (folder / "model-00009-of-00009.safetensors").exists()
 
 
+def test_the_dtype_is_that_of_the_weights_where_the_config_says_none(tmp_path: Path) -> None:
+    saved(tmp_path / "model", UNEVEN)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    export(tmp_path / "model", tmp_path / "nas", name="nemotron-nas")
+    assert json.loads((tmp_path / "nas" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
 def test_the_command_says_how_to_run_it(tmp_path: Path) -> None:
     saved(tmp_path / "model", UNEVEN)
     arguments = ["export", str(tmp_path / "model"), "--format", "nemotron-nas", "--output", str(tmp_path / "nas")]

@@ -106,6 +106,12 @@ def test_the_dtype_is_what_was_asked(saved, dtype):
     assert load(str(saved), dtype=dtype, device="cpu").dtype == getattr(torch, dtype)
 
 
+def test_a_checkpoint_that_does_not_say_its_dtype_is_saved_no_wider_than_its_weights(checkpoint):
+    tiny_model().to(torch.bfloat16).save_pretrained(checkpoint)
+    edit(checkpoint, dtype=None)
+    assert load(str(checkpoint), dtype="float32", device="cpu").saved_dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("facts", "chosen"),
     [

@@ -286,7 +286,7 @@ def test_what_cannot_be_saved_is_refused_from_its_config(config: dict[str, Any],
 
 
 def test_a_text_config_that_is_no_table_is_refused() -> None:
-    with pytest.raises(ModelError, match="text_config = 5 is no table"):
+    with pytest.raises(ModelError, match="text_config = 5 is no JSON object"):
         check_config("damaged", {"model_type": "llava", "text_config": 5}, any_family=False, depth=3)
 
 
