@@ -51,7 +51,9 @@ class SavedWeights:
             ModelError: it is missing, has another shape than the config says, or is quantised.
         """
         if name not in self._files:
-            raise ModelError(f"model {str(self.folder)!r} is incomplete: {name} is missing", hint=AGAIN)
+            is_base = name.removeprefix("model.") in self._files
+            hint = "It lacks its head: load it with AutoModelForCausalLM, and save it again." if is_base else AGAIN
+            raise ModelError(f"model {str(self.folder)!r} is incomplete: {name} is missing", hint=hint)
         found = self._files[name].shape(name)
         if found != shape:
             raise ModelError(f"{name} has shape {found}, and config.json says {shape}", hint=AGAIN)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_tokenizers import PRE_TOKENIZERS, byte_level, sentencepiece
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -485,6 +485,16 @@ def test_a_damaged_folder_is_refused_and_nothing_is_left(
         export_gguf(folder, tmp_path / "m.gguf")
     assert raised.value.hint
     assert not list(tmp_path.glob("*.gguf*"))
+
+
+def test_a_checkpoint_of_the_base_model_alone_says_how_to_get_a_whole_one(tmp_path: Path) -> None:
+    tiny_model("gemma").model.save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    byte_level().save_pretrained(tmp_path / "m")
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight is missing") as raised:
+        export_gguf(tmp_path / "m", tmp_path / "m.gguf")
+    assert "load it with AutoModelForCausalLM, and save it again" in str(raised.value.hint)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m").save_pretrained(tmp_path / "m")
+    assert export_gguf(tmp_path / "m", tmp_path / "m.gguf").path.is_file()
 
 
 def test_a_missing_folder_is_refused_and_in_that_of_a_run_the_model_is_found(tmp_path: Path) -> None:
