@@ -18,7 +18,7 @@ from ffgym.costs.latency_table import (
     to_json,
 )
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
-from ffgym.costs.timing import from_end_to_end
+from ffgym.costs.timing import ends
 from ffgym.data.cache import cache_dir
 from ffgym.errors import BudgetError, ConfigError, OutputError
 from ffgym.files import json_digest, write_text
@@ -54,6 +54,7 @@ def cached_table(
     return timed_once(
         place_of(model, context=context),
         lambda: time_model(model, context=context, repetitions=repetitions, on_progress=on_progress),
+        repetitions=repetitions,
         rebuild=rebuild,
         notify=notify,
     )
@@ -68,7 +69,9 @@ def check_context(context: int, limit: int) -> None:
         )
 
 
-def timed_once(path: Path, time: Callable[[], LatencyTable], *, rebuild: bool, notify: Notify) -> LatencyTable:
+def timed_once(
+    path: Path, time: Callable[[], LatencyTable], *, repetitions: int, rebuild: bool, notify: Notify
+) -> LatencyTable:
     """The table that the cache keeps at ``path``, or else what ``time`` returns, which is then kept there."""
     if path.exists() and not rebuild:
         try:
@@ -76,6 +79,8 @@ def timed_once(path: Path, time: Callable[[], LatencyTable], *, rebuild: bool, n
         except ConfigError as error:
             notify(f"{error.message}; timing again")
         else:
+            if table.repetitions != repetitions:
+                notify(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
             notify_if_busy(table, notify)
             return table
     table = time()
@@ -91,8 +96,8 @@ def notify_if_busy(table: LatencyTable, notify: Notify) -> None:
     """Tell the user if a table's times were disturbed, however old it is."""
     if table.noise > BUSY:
         notify(
-            f"the times differ by {table.noise:.0%} {from_end_to_end(table.repetitions)}: the machine was busy. Time"
-            " again when it is quiet: ffgym latency MODEL --rebuild"
+            f"the times differ by {table.noise:.0%} ({ends(table.repetitions)}): the machine was busy. Time again when"
+            " it is quiet: ffgym latency --rebuild, with the other options that the table was made with"
         )
 
 

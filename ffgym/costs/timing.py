@@ -37,11 +37,6 @@ def ends(repetitions: int) -> str:
     return "range" if repetitions < LEAST_FOR_QUARTILES else "quartiles"
 
 
-def from_end_to_end(repetitions: int) -> str:
-    """``"from quartile to quartile"``, or of few repetitions ``"from lowest to highest"``."""
-    return f"from {'lowest to highest' if repetitions < LEAST_FOR_QUARTILES else 'quartile to quartile'}"
-
-
 def timed(action: Callable[[], Result], devices: set[torch.device]) -> tuple[Result, float]:
     """What a call returns, and its seconds; accelerators among ``devices`` are waited for, before and after."""
     _synchronise(devices)

@@ -103,8 +103,6 @@ def latency_table(
                 on_progress=stage,
                 notify=reporter.print,
             )
-        if table.repetitions != repetitions:
-            reporter.print(f"from the cache, where each was timed {table.repetitions} times; --rebuild times again")
         return table, place_of(loaded.model, context=context)
 
 

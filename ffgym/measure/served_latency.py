@@ -114,6 +114,7 @@ def served_latency_table(
         table = timed_once(
             place,
             lambda: _timed(loaded, engine, context, setting, serving, reporter),
+            repetitions=repetitions,
             rebuild=rebuild,
             notify=reporter.print,
         )
@@ -122,8 +123,7 @@ def served_latency_table(
     if sublayers > table.whole_seconds:
         reporter.print(
             f"the sublayers add up to {1e3 * sublayers:,.3f} ms, more than the {1e3 * table.whole_seconds:,.3f} ms of"
-            " the whole model: the times are too noisy for a budget. Time again, with more repetitions: ffgym latency"
-            " MODEL --rebuild --repetitions N"
+            " the whole model: the times are too noisy for a budget. Time again, with --rebuild and more --repetitions"
         )
     return table, place
 

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from ffgym.costs.latency_cache import BUSY
-from ffgym.costs.timing import Spread, ends, from_end_to_end
+from ffgym.costs.timing import Spread, ends
 from ffgym.errors import ConfigError, ModelError
 from ffgym.export.refresh import is_current
 from ffgym.measure.bursts import Bursts, prompt_maker, serve_in_turn
@@ -118,8 +118,8 @@ class ServingMeasurement:
         if noisiest.noise > BUSY:
             workload, model = _names(noisiest)
             lines.append(
-                f"The ratio of {model!r} at {workload} differs by {noisiest.noise:.0%} "
-                f"{from_end_to_end(self.repetitions)}: the machine was busy. Measure again when it is quiet."
+                f"The ratio of {model!r} at {workload} differs by {noisiest.noise:.0%} ({ends(self.repetitions)}): the"
+                " machine was busy. Measure again when it is quiet."
             )
         if self.arguments:
             lines.append(f"More arguments of the engine: {' '.join(self.arguments)}.")

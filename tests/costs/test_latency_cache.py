@@ -96,14 +96,15 @@ def test_a_busy_machine_is_named(tmp_path, model):
         return steady.model_copy(update={"curves": tuple(curves), "repetitions": repetitions})
 
     said = []
-    timed_once(tmp_path / "steady.json", lambda: spread(0.2), rebuild=False, notify=said.append)
+    timed_once(tmp_path / "steady.json", lambda: spread(0.2), repetitions=9, rebuild=False, notify=said.append)
     assert not said
     for _ in range(2):
-        timed_once(tmp_path / "busy.json", lambda: spread(0.3), rebuild=False, notify=said.append)
+        timed_once(tmp_path / "busy.json", lambda: spread(0.3), repetitions=9, rebuild=False, notify=said.append)
     assert len(said) == 2, "it is said again of the table from the cache"
-    assert all("30% from quartile to quartile: the machine was busy" in one for one in said)
-    timed_once(tmp_path / "few.json", lambda: spread(0.3, 3), rebuild=False, notify=said.append)
-    assert "30% from lowest to highest: the machine was busy" in said[-1]
+    assert all("30% (quartiles): the machine was busy" in one for one in said)
+    timed_once(tmp_path / "few.json", lambda: spread(0.3, 3), repetitions=3, rebuild=False, notify=said.append)
+    assert "30% (range): the machine was busy" in said[-1]
+    assert "--rebuild, with the other options" in said[-1], "of an engine's table and of a file, too"
 
 
 def test_a_context_that_the_model_does_not_take(model, timed):

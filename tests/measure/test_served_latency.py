@@ -111,6 +111,9 @@ def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> 
     assert len(noted(log, "asked")) == started * 3 * 2, "twice after a warm-up"
     assert timed() == table
     assert len(noted(log, "started")) == started
+    said = io.StringIO()
+    served_latency_table(GLASS, "vllm", **{**QUICK, "repetitions": 9}, progress=Console(file=said))
+    assert "from the cache, where each was timed 2 times; --rebuild times again" in " ".join(said.getvalue().split())
     assert "vllm-fake 9.9" in table.measured
     assert "2 requests at the same moment, prompts of 22 tokens and answers of 2" in table.measured
     timed(requests=1)

@@ -157,7 +157,7 @@ def test_what_servers_take_to_start_says_nothing_of_how_long_they_serve(
 
 @pytest.mark.parametrize(
     ("low", "repetitions", "ends"),
-    [(0.9, 4, None), (0.7, 4, "quartile to quartile"), (0.9, 3, None), (0.7, 3, "lowest to highest")],
+    [(0.9, 4, None), (0.7, 4, "quartiles"), (0.9, 3, None), (0.7, 3, "range")],
 )
 def test_a_busy_machine_is_said_where_one_ratio_differs_among_repetitions(
     low: float, repetitions: int, ends: str | None
@@ -172,7 +172,7 @@ def test_a_busy_machine_is_said_where_one_ratio_differs_among_repetitions(
     )
     notes = " ".join(found.tables()[1].notes)
     assert f"{'range' if repetitions < 4 else 'quartiles'} in brackets" in notes
-    busy = f"The ratio of 'pruned' at 2 x 16 differs by 30% from {ends}: the machine was busy."
+    busy = f"The ratio of 'pruned' at 2 x 16 differs by 30% ({ends}): the machine was busy."
     assert (busy in notes) == ("busy" in notes) == (ends is not None)
 
 
