@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ffgym.data.cache import sha256
 from ffgym.errors import OutputError, RecoveryError
 from ffgym.files import FileFormat, replacing, write_text
 from ffgym.models.checkpoint import TensorFile, weight_files
@@ -159,8 +160,7 @@ def weights_digest(folder: Path) -> str:
     """SHA-256 over the safetensors files that are loaded of a model folder, in the order of their names."""
     digest = hashlib.sha256()
     for path in weight_files(folder):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()
 
 

@@ -100,9 +100,8 @@ def distil_mlps(
         ModelError: the two models do not fit.
         RecoveryError: an error that is not finite, or layers without an MLP.
     """
-    family_of_pair(setup.model, setup.dense, hint="Name the model that was pruned, with --model.")
-    family, checkpoint = dense_or_pruned_family_of(setup.model), setup.checkpoint
-    walks = Walk(setup.dense), Walk(setup.model)
+    family = family_of_pair(setup.model, setup.dense, hint="Name the model that was pruned, with --model.")
+    checkpoint, walks = setup.checkpoint, (Walk(setup.dense), Walk(setup.model))
     if any(family.expert_modules(layer) for layer in walks[0].layers):
         raise RecoveryError(
             f"distil-mlp trains MLPs, and layers of a {family.name} model have experts instead",

@@ -170,9 +170,11 @@ class _Training:
 
     def run(self) -> None:
         """Go on to the last step; Ctrl-C writes a checkpoint first."""
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")  # in another one it cannot go on
         short = RecoveryError(
             f"training ran out of memory on {self._device}",
-            hint="Set recover.gradient_checkpointing=true or model.device=cpu and go on from the last checkpoint.",
+            hint=f"Set recover.gradient_checkpointing=true, or model.device=cpu and model.dtype={dtype}, and go on from"
+            " the last checkpoint.",
         )
         try:
             with raising_if_out_of_memory(short):

@@ -329,7 +329,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_rate(fresh: Any, texts: Any) -
 
 
 def test_a_full_device_is_said_to_be(fresh: Any, texts: Any) -> None:
-    model = fresh()
+    model = fresh(dtype=torch.bfloat16)
 
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -337,7 +337,7 @@ def test_a_full_device_is_said_to_be(fresh: Any, texts: Any) -> None:
     model.base_model.register_forward_pre_hook(lambda *_: full() if model.training else None)
     with pytest.raises(RecoveryError, match="out of memory on cpu") as raised:
         train(model, texts, settings())
-    assert "gradient_checkpointing" in str(raised.value.hint)
+    assert "gradient_checkpointing=true, or model.device=cpu and model.dtype=bfloat16," in str(raised.value.hint)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
