@@ -73,7 +73,7 @@ class Curve(Strict):
     Attributes:
         shape: whose.
         sizes: units kept, strictly increasing from 1 to all of them.
-        seconds: median time of one forward pass at each size.
+        seconds: median time of one forward pass at each size; of an engine, the share of a burst.
         low: first quartiles, or the lowest times of fewer than 4 repetitions.
         high: third quartiles, or the highest times.
     """

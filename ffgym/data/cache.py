@@ -178,7 +178,7 @@ def _drop(folder: Path, lock: ExitStack) -> None:
 class Entry:
     """Something in the cache."""
 
-    kind: str  # the folder of the cache: "prepared", "models" or "assets"
+    kind: str  # the folder of the cache: "prepared", "models", "assets" or "latency"
     path: Path
     bytes: int
     used: float  # seconds since the epoch

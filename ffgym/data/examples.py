@@ -106,7 +106,7 @@ def encode(example: Example, tokenizer: Any, *, context_limit: int) -> EncodedEx
         context_limit: the longest row that the model takes, in tokens.
 
     Raises:
-        DataError: an answer alone is longer than the model's context.
+        DataError: an answer is empty, or alone as long as the model's context.
     """
 
     def ids(text: str) -> tuple[int, ...]:
@@ -120,7 +120,8 @@ def encode(example: Example, tokenizer: Any, *, context_limit: int) -> EncodedEx
     room = context_limit - len(head) - max(map(len, answers))
     if room < 1 or not all(answers):
         raise DataError(
-            f"an answer of task {example.task!r} has {max(map(len, answers))} tokens, the model takes {context_limit}",
+            f"the answers of task {example.task!r} have {min(map(len, answers))} to {max(map(len, answers))} tokens,"
+            f" and they should have 1 to {context_limit - len(head) - 1}",
             hint="Leave this task out, or use a model with a longer context.",
         )
     return EncodedExample(example.task, head + context[-room:], answers, example.right)

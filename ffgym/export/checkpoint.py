@@ -301,7 +301,7 @@ def _named_misfits() -> Iterator[None]:
     except (RuntimeError, ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"this model cannot be saved as a checkpoint: {first_line(error)}",
-            hint="Cut the model to another allocation.",
+            hint="Prune it to other sizes, e.g. with --set prune.min_units=1.",
         ) from error
 
 

@@ -29,6 +29,7 @@ class LayerStream:
     Args:
         name: what the user called the model.
         model: its parameters say dtypes and shapes.
+        folder: of the checkpoint.
         device: where layers go.
 
     Raises:

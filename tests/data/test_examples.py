@@ -155,6 +155,7 @@ class TestEncode:
         assert len(short.context) == 5
         assert encode(example, letters, context_limit=512).context[0] != 1
 
-    def test_an_answer_longer_than_the_context_is_refused(self, letters):
-        with pytest.raises(DataError, match="has 3 tokens, the model takes 3"):
-            encode(Example("arc_easy", "ab", ("bb", "ccc"), 0), letters, context_limit=3)
+    @pytest.mark.parametrize(("answers", "have"), [(("bb", "ccc"), "2 to 3"), (("b", ""), "0 to 1")])
+    def test_an_answer_longer_than_the_context_or_empty_is_refused(self, letters, answers, have):
+        with pytest.raises(DataError, match=f"have {have} tokens, and they should have 1 to 2"):
+            encode(Example("arc_easy", "ab", answers, 0), letters, context_limit=3)
