@@ -110,7 +110,7 @@ class StageProgress:
         self._unit, self._note = unit, ""
         self._console, self._plan = console, plan
         self._last = self._begun = time.monotonic()
-        self._waited = 0.0
+        self._waited, self._is_waiting = 0.0, False
         self.start_seconds = 0.0  # before the clock was started again
 
     def __call__(self, done: int, total: int) -> None:
@@ -144,9 +144,11 @@ class StageProgress:
     def partly(self, steps: float) -> None:
         """Say how many further steps are under way that are counted when they end.
 
-        Until there is a first one, 0 says that it has not begun, as while workers load: this says nothing of the pace.
+        Until there is a first one, 0 says that it has not begun, as while workers load: nobody knows how long that
+        takes, and it says nothing of the pace.
         """
-        if not steps and self.done == self._known:
+        self._is_waiting = not steps and self.done == self._known
+        if self._is_waiting:
             waited = time.monotonic() - self._begun
             if self._plan is not None:
                 self._plan.wait(waited - self._waited)
@@ -184,11 +186,9 @@ class StageProgress:
         return elapsed / (done - self._known) * (self.total - done) if done > self._known else None
 
     def _left(self) -> str:
-        if self._plan is None:
+        if self._plan is None or self._is_waiting:
             return ""
         left, own = self._plan.left(self.share), self._own_left()
-        if own is None and not round(left):  # workers load for longer than all was planned to take
-            return ""
         # A stage that the plan took for short may last longer than the plan says all will.
         return f"{clock(max(left, own or 0.0))} left in all"
 
