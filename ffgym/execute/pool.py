@@ -137,7 +137,7 @@ class Pool:
         self._ready: set[int] = set()
         self._busy: dict[int, _Busy] = {}
         self._attempts = dict.fromkeys(range(size), 0)
-        self._heard = time.monotonic()
+        self._heard = self._asked = time.monotonic()
         self._has_run = False
         self._is_explained = False
         self._is_closed = False
@@ -254,9 +254,10 @@ class Pool:
             raise WorkerError(
                 f"no worker has started within {START_SECONDS:,.0f} s", hint=f"Is the cluster full? {KEPT}"
             )
-        if now - self._heard > SILENT_SECONDS and not self._is_explained:
-            self._is_explained = True
+        if now - max(self._heard, self._asked) > SILENT_SECONDS and not self._is_explained:
+            self._asked = now
             if shortage := self._crew.shortage():
+                self._is_explained = True
                 state = "is running" if self._has_run else "has started yet"
                 self._notify(f"no worker {state}: {shortage}; waiting for {START_SECONDS / 60:.0f} min at most")
 

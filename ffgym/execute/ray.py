@@ -394,6 +394,7 @@ class RayCrew:
         """What the workers that are starting wait for, see `Crew`."""
         asked = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
         wanted = {kind: number for kind, number in asked.items() if number}
+        self._check_node()
         with self._reached():
             answers = [actor.here.remote() for actor in self._actors.values()]
             if not wanted or not answers or self._ray.wait(answers, timeout=PLACE_SECONDS)[0]:
@@ -429,6 +430,7 @@ class RayCrew:
             self._forget(worker)
             if about == "load" and "ray::_Worker" in str(error):  # Python said so: nothing has ended the process
                 return [Failed(worker, _cannot_begin(error))]
+            self._check_node()
             return [Lost(worker, _why(error))]
         for line in lines:
             self._on_line(f"[{worker + 1}] {line}")
@@ -451,7 +453,7 @@ class RayCrew:
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
         """Call Ray; raises ``WorkerError`` where its connection is lost: left to itself, Ray would join any cluster."""
-        lost = WorkerError("the connection to the Ray cluster is lost", hint=KEPT)
+        lost = _connection_lost()
         if not self._ray.is_initialized():
             raise lost
         try:
@@ -461,9 +463,19 @@ class RayCrew:
                 raise
             raise lost from error  # before Ray's client counts as disconnected
 
+    def _check_node(self) -> None:
+        """Raise ``WorkerError`` where Ray has ended on this machine: no worker would start any more, without a word."""
+        with self._reached():
+            if self._node is not None and not any(n["Alive"] for n in self._ray.nodes() if n["NodeID"] == self._node):
+                raise _connection_lost()
+
     def _forget(self, worker: int) -> None:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
         self._jobs.pop(worker, None)
+
+
+def _connection_lost() -> WorkerError:
+    return WorkerError("the connection to the Ray cluster is lost", hint=KEPT)
 
 
 def _why(error: Exception) -> str:

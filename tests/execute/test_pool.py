@@ -15,7 +15,7 @@ import pytest
 
 from ffgym.errors import WorkerError
 from ffgym.evaluation.evaluator import Request
-from ffgym.execute.pool import Failed, News, Pool
+from ffgym.execute.pool import Failed, Lost, News, Pool
 from ffgym.execute.ray import RayCrew
 from ffgym.execute.shares import Shares, Speeds
 from ffgym.types import Evaluation
@@ -165,6 +165,27 @@ def test_a_lost_connection_is_one_error_and_ray_joins_no_other_cluster(is_notice
         assert {str(call) for call in ray.mock_calls} == {"call.is_initialized()"}
 
 
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_worker_is_lost_with_the_connection_where_rays_node_of_this_machine_has_ended(is_alive: bool) -> None:
+    ray = MagicMock()
+    ray.util.client.ray.is_connected.return_value = False
+    ray.exceptions.RayError = type("RayError", (Exception,), {})
+    ray.get_runtime_context.return_value.get_node_id.return_value = "here"
+    ray.nodes.return_value = [{"NodeID": "here", "Alive": is_alive}, {"NodeID": "there", "Alive": True}]
+    ray.wait.side_effect = lambda calls, **options: (calls, [])
+    ray.get.side_effect = ray.exceptions.RayError("The actor died unexpectedly.")
+    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": 0, "num_gpus": 0}, 1, print)
+    crew.start(0)
+    if is_alive:
+        assert crew.shortage() == ""
+        assert crew.hear(MOMENT) == [Lost(0, "ended unexpectedly (killed, or out of memory)")]
+        return
+    for call in (crew.shortage, partial(crew.hear, MOMENT)):  # no news may come of a worker that never starts
+        with pytest.raises(WorkerError, match="the connection to the Ray cluster is lost") as raised:
+            call()
+        assert "`--resume` continues a run" in str(raised.value.hint)
+
+
 def test_ray_is_asked_nothing_once_ending_a_worker_has_shown_that_the_connection_is_lost() -> None:
     def lose(*args: Any, **options: Any) -> None:
         ray.is_initialized.return_value = False
@@ -213,6 +234,22 @@ def test_what_workers_wait_for_is_told_once(shortage: str, put_forward: Callable
     update(Late(put_forward, 2, shortage), 2, requests(2), said=said)
     why = ["no worker has started yet: the cluster is full; waiting for 30 min at most"] if shortage else []
     assert said == ["loading the model in 2 workers", *why]
+
+
+def test_what_workers_wait_for_is_asked_again_until_there_is_an_answer(put_forward: Callable[[float], None]) -> None:
+    class Undecided(SleepingCrew):
+        def shortage(self) -> str:
+            return answers.pop(0)
+
+        def hear(self, seconds: float) -> list[News]:
+            if not answers:
+                return super().hear(seconds)
+            put_forward(90.0)
+            return []
+
+    answers, said = ["", "the cluster is full"], list[str]()
+    update(Undecided(lambda worker: 0.0), 2, requests(2), said=said)
+    assert said[1:] == ["no worker has started yet: the cluster is full; waiting for 30 min at most"]
 
 
 def test_workers_that_have_run_are_not_said_to_start_for_the_first_time(put_forward: Callable[[float], None]) -> None:
