@@ -12,7 +12,8 @@ from ffgym.bench.file import Bench
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.prepare.workers import local_places
+from ffgym.prepare.configured import used_plugins
+from ffgym.prepare.workers import foreign_plugins, local_places
 from ffgym.report.progress import Reporter, clock
 from ffgym.search.finals import expected_tokens
 from ffgym.types import JSONDict
@@ -103,7 +104,8 @@ class CellQueue:
         number = self._count - len(self._waiting)
         self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
         heuristics, places = self._heuristics.get(cell.preparation, ()), local_places(cell.config)
-        return Job(cell, heuristics, self._parents[each.file], each.spec.title, places)
+        plugins = foreign_plugins(used_plugins(cell.config).values())
+        return Job(cell, heuristics, self._parents[each.file], each.spec.title, places, plugins)
 
     def done(self, worker: int, answer: None = None) -> None:
         """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""

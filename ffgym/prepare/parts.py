@@ -170,7 +170,7 @@ def prepare_model(
     if key not in (None, own):
         raise WorkerError(
             f"model {loaded.name!r} of a worker on {socket.gethostname()} is not the one that this run has prepared, or"
-            " ffgym, torch, transformers or the number of threads is another there",
+            " ffgym, a plugin, torch, transformers or the number of threads is another there",
             hint="Give all machines the same model folder and versions, or name a hub model and its revision.",
         )
     if not is_stored(criterion, config.prune.calibration):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,10 @@ from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.models.loading import LoadedModel, load
 from ffgym.models.origin import absolute_name
 from ffgym.models.placement import choose_device
+from ffgym.plugins import manager
+from ffgym.plugins.bases import Plugin
+from ffgym.plugins.kinds import PluginKind
+from ffgym.prepare.configured import used_plugins
 from ffgym.prepare.parts import evaluator_of, examples_for, make_reward, prepare_model
 from ffgym.prepare.paths import Prepared
 from ffgym.report.layout import counted
@@ -47,9 +51,11 @@ class EvaluatorMaker:
     streamed: bool = False  # whether layers stay in the checkpoint until they are needed
     # the model's folder or file, where the run has found it; None for one of the hub, and the demo
     place: str | None = None
+    plugins: tuple[tuple[PluginKind, str, str], ...] = ()  # see `foreign_plugins`
 
     def __call__(self) -> ModelEvaluator:
         """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
+        check_installed(self.plugins)
         if self.place is not None:
             check_seen(self.place)
         if self.store is not None and not self.store.parent.is_dir():  # what was removed from there is prepared again
@@ -91,6 +97,21 @@ def check_seen(place: str) -> None:
         )
 
 
+def foreign_plugins(used: Iterable[tuple[PluginKind, type[Plugin]]]) -> tuple[tuple[PluginKind, str, str], ...]:
+    """Kind, name and package of the plugins among these that are not ffgym's own."""
+    return tuple((kind, cls.name, str(manager.package_of(cls))) for kind, cls in used if not manager.is_built_in(cls))
+
+
+def check_installed(plugins: Iterable[tuple[PluginKind, str, str]]) -> None:
+    """Raise in a worker whose machine lacks a plugin of the run; see `foreign_plugins`."""
+    for kind, name, package in plugins:
+        if not manager.is_name(kind, name):
+            raise WorkerError(
+                f"a worker on {socket.gethostname()} does not have {kind} {name!r}",
+                hint=manager.with_plugins(f"Install {package} on all machines of the cluster.", name),
+            )
+
+
 def shared_executor(
     cluster: Cluster,
     config: RunConfig,
@@ -105,6 +126,8 @@ def shared_executor(
         keep: as for `prepare_model`.
     """
     table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
+    used = used_plugins(config, ("criterion", "prune"))
+    measuring = [used["criterion"], used["prune.calibration"], ("family", type(prepared.prunable.family))]
     maker = EvaluatorMaker(
         config.model_copy(update={"model": table}),
         splits.calibration.windows,
@@ -115,6 +138,7 @@ def shared_executor(
         prepared.key,
         loaded.stream is not None,
         absolute_name(table.name),
+        foreign_plugins(measuring),
     )
     return cluster.executor(maker, maker.on(prepared), prepared.prunable.dense_units)
 

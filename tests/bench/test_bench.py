@@ -38,6 +38,7 @@ from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
 from ffgym.errors import ConfigError, ModelError, WorkerError
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
 
@@ -457,6 +458,37 @@ def test_what_a_workers_machine_lacks_is_not_looked_up_on_the_hub(
     Path(moved).rename("org/moved")  # as if this were another machine
     with pytest.raises(WorkerError, match=f"a worker on .* does not see {tmp_path / moved}"):
         cell_module.CellRunner(reporter)(job)
+
+
+REWARD = """
+import ffgym
+
+class Acme(ffgym.Reward):
+    '''The loss.'''
+
+    name = "acme"
+
+    def __call__(self, pruned, dense):
+        return -pruned.loss
+
+@ffgym.hookimpl
+def ffgym_rewards():
+    return [Acme]
+"""
+
+
+def test_a_plugin_that_a_workers_machine_lacks_is_named_with_its_package(
+    tmp_path: Path, install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("acme-rewards", REWARD)
+    each = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables={"reward": {"name": "acme"}}))
+    reporter = Reporter(Console(quiet=True))
+    job = CellQueue([(each, each.cells[0])], {each.file: None}, reporter).take(0)
+    assert isinstance(job, Job)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")  # as if this were another machine
+    with pytest.raises(WorkerError, match=r"a worker on .* does not have reward 'acme'") as raised:
+        cell_module.CellRunner(reporter)(job)
+    assert raised.value.hint == "Install acme-rewards 1.0 on all machines of the cluster."
 
 
 def test_a_model_that_is_nowhere_is_said_to_be_missing_and_no_worker_is_blamed(tmp_path: Path) -> None:

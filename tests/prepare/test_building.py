@@ -16,8 +16,9 @@ from ffgym.evaluation.evaluator import Request
 from ffgym.models.built_in_families import Qwen3
 from ffgym.models.placement import tokens_per_batch
 from ffgym.pipeline.make_env import make_pruning_env
+from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE
 from ffgym.prepare.parts import load_parts, make_budget, prepare_model
-from ffgym.prepare.workers import EvaluatorMaker
+from ffgym.prepare.workers import EvaluatorMaker, shared_executor
 from ffgym.pruning.calibration import RIDGE_GRID
 from ffgym.testing.models import tiny_model
 
@@ -46,6 +47,62 @@ def test_a_worker_whose_model_folder_holds_other_weights_is_refused(tiny_run, tm
     tiny_model("llama", seed=1).save_pretrained(folder)
     with pytest.raises(WorkerError, match="is not the one that this run has prepared"):
         maker()
+
+
+CRITERION = """
+import ffgym
+
+class Acme(ffgym.Criterion):
+    '''Weights alone.'''
+
+    name = "acme"
+
+    def score(self, weight, stats):
+        return weight.abs().sum(dim=0)
+
+@ffgym.hookimpl
+def ffgym_criteria():
+    return [Acme]
+"""
+FAMILY = """
+import ffgym
+
+class Starcoder2(ffgym.Family):
+    '''Starcoder2.'''
+
+    name = "starcoder2"
+    mlp_producers = ("mlp.c_fc",)
+    mlp_consumer = "mlp.c_proj"
+
+@ffgym.hookimpl
+def ffgym_families():
+    return [Starcoder2]
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "criterion", "lacking"),
+    [(CRITERION, "llama", "acme", "criterion 'acme'"), (FAMILY, "starcoder2", "wanda", "family 'starcoder2'")],
+    ids=["criterion", "family"],
+)
+def test_a_plugin_that_a_workers_machine_lacks_is_named_with_its_package(
+    tiny_run, tmp_path, install, monkeypatch, source, model, criterion, lacking
+):
+    class Cluster:
+        def executor(self, make, dense, dense_units):
+            return make
+
+    install("acme-parts", source)
+    folder = shutil.copytree(tiny_run["model"]["name"], tmp_path / "model")
+    tiny_model(model).save_pretrained(folder)
+    config = configured(tiny_run, model={"name": str(folder)}, criterion={"name": criterion})
+    loaded, splits = load_parts(config)
+    prepared = prepare_model(config, loaded, splits.calibration.windows)
+    make = shared_executor(Cluster(), config, loaded, prepared, splits)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")  # as if this were another machine
+    with pytest.raises(WorkerError, match=f"a worker on .* does not have {lacking}") as raised:
+        make()
+    assert raised.value.hint == "Install acme-parts 1.0 on all machines of the cluster."
 
 
 @pytest.fixture(scope="module")
