@@ -39,7 +39,7 @@ class Obs(Criterion):
             CalibrationError: the damped second moment cannot be factorised.
         """
         from ffgym.pruning.calibration import cholesky_
-        from ffgym.pruning.elimination import elimination_errors
+        from ffgym.pruning.elimination import elimination_errors_
         from ffgym.pruning.factors import inverse_
         from ffgym.pruning.precision import in_float64
 
@@ -49,5 +49,7 @@ class Obs(Criterion):
         except CalibrationError as error:
             raise CalibrationError(f"criterion 'obs': {error.message}", hint="Raise criterion.ridge.") from error
         block = stats.channels_per_unit
-        errors = elimination_errors(in_float64(weight), D.T @ D, block)  # A = C C^T and D = C^-1
+        inverse = D.T @ D  # A = C C^T and D = C^-1
+        del D
+        errors = elimination_errors_(in_float64(weight).clone(), inverse, block)
         return errors.repeat_interleave(block) / block

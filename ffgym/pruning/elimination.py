@@ -18,20 +18,20 @@ from ffgym.pruning.ordering import expand_order
 ROUNDS = 64  # units go in about so many rounds: each takes products of the size of what is left
 
 
-def elimination_errors(weight: torch.Tensor, inverse: torch.Tensor, channels_per_unit: int) -> torch.Tensor:
+def elimination_errors_(weight: torch.Tensor, inverse: torch.Tensor, channels_per_unit: int) -> torch.Tensor:
     """The output error once a unit is gone with all those that go before it; the first to go has the least.
 
     Within a round, the errors that units add one by one are summed up.
 
     Args:
-        weight: dense W, shape (m, n), float64.
-        inverse: P of all channels, shape (n, n), float64.
+        weight: dense W, shape (m, n), float64; it is overwritten.
+        inverse: P of all channels, shape (n, n), float64; it is overwritten.
         channels_per_unit: each unit owns so many contiguous channels.
 
     Returns:
         shape (units,), float64, E||(W - W') x||^2 with the ridge term.
     """
-    weight, inverse, block = weight.clone(), inverse.clone(), channels_per_unit
+    block = channels_per_unit
     units = weight.shape[1] // block
     at_once = -(-units // ROUNDS)
     left = torch.arange(units, device=weight.device)  # the units that the columns belong to
