@@ -137,6 +137,14 @@ def test_gradients_reach_the_criterion_in_the_weights_order_and_views_in_path_or
         torch.testing.assert_close(view.stats.gradient, after[index].gradient, rtol=1e-3, atol=1e-4)
 
 
+def test_the_criterion_is_told_which_channels_go_together(windows):
+    criterion = Spoken(lambda weight: weight.abs())
+    prepared = prepare(tiny_model("llama"), criterion, windows, ridge=0.01)
+    expected = [view.sublayer.channels_per_unit for view in prepared.views]
+    assert [stats.channels_per_unit for stats in criterion.asked] == expected
+    assert len(set(expected)) == 2
+
+
 def test_only_what_the_criterion_asks_for_reaches_it(windows):
     criterion = Spoken(lambda weight: weight.abs())
     prepare(tiny_model("llama"), criterion, windows, ridge=0.01)
