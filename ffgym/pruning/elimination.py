@@ -39,9 +39,9 @@ def elimination_errors_(weight: torch.Tensor, inverse: torch.Tensor, channels_pe
     total = weight.new_zeros(())
     while len(left):
         gone = torch.zeros(len(left), dtype=torch.bool, device=left.device)
-        while 2 * int(gone.sum()) < len(left):  # then the matrices become smaller: that is seldom, for it copies them
+        for _ in range(-(-len(left) // (2 * at_once))):  # half of them go, then the matrices shrink: that copies them
             added = _added(weight, inverse, block).masked_fill(gone, torch.inf)
-            going = torch.argsort(added, stable=True)[: min(at_once, int((~gone).sum()))]
+            going = torch.argsort(added, stable=True)[:at_once]
             errors[left[going]] = total + added[going].cumsum(0)
             total = errors[left[going[-1]]]
             gone[going] = True
