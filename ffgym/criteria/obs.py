@@ -38,18 +38,17 @@ class Obs(Criterion):
         Raises:
             CalibrationError: the damped second moment cannot be factorised.
         """
+        import torch
+
         from ffgym.pruning.calibration import cholesky_
         from ffgym.pruning.elimination import elimination_errors_
-        from ffgym.pruning.factors import inverse_
         from ffgym.pruning.precision import in_float64
 
         assert stats.second_moment is not None, "needs second_moment"
         try:
-            D = inverse_(cholesky_(in_float64(stats.second_moment).clone(), self.config.ridge))
+            lower = cholesky_(in_float64(stats.second_moment).clone(), self.config.ridge)
         except CalibrationError as error:
             raise CalibrationError(f"criterion 'obs': {error.message}", hint="Raise criterion.ridge.") from error
         block = stats.channels_per_unit
-        inverse = D.T @ D  # A = C C^T and D = C^-1
-        del D
-        errors = elimination_errors_(in_float64(weight).clone(), inverse, block)
+        errors = elimination_errors_(in_float64(weight).clone(), torch.cholesky_inverse(lower), block)
         return errors.repeat_interleave(block) / block
