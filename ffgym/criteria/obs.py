@@ -25,6 +25,7 @@ class Obs(Criterion):
     """
 
     name = "obs"
+    edition = 2  # units go one after another, and a KV group as a whole
     needs = frozenset({"second_moment"})
 
     class Config(PluginConfig):

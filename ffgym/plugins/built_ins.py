@@ -41,7 +41,7 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "wanda": BuiltIn("ffgym.criteria.wanda:Wanda", "|W| times the norm of the inputs"),
         "magnitude": BuiltIn("ffgym.criteria.magnitude:Magnitude", "|W|: the smallest weights are removed first"),
         "flap": BuiltIn("ffgym.criteria.flap:Flap", "variance of a channel times its column's squared norm"),
-        "obs": BuiltIn("ffgym.criteria.obs:Obs", "remaining error if a channel is removed and the rest refitted"),
+        "obs": BuiltIn("ffgym.criteria.obs:Obs", "unit after unit, the one that the rest makes up for best"),
         "taylor": BuiltIn("ffgym.criteria.taylor:Taylor", "|W * dL/dW|: the loss change to first order"),
         "random": BuiltIn("ffgym.criteria.random:Random", "a seeded random order, the floor for every criterion"),
     },
