@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,28 @@ from ffgym.config.toml import load_config
 from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.task import give_prior, open_task
+from ffgym.pipeline.task import Task, give_prior, open_task
 from ffgym.prepare.parts import make_schedule
 from ffgym.report.progress import Reporter
 
 WINDOW, SEARCH_WINDOWS, RESERVED, DEVELOPMENT_WINDOWS = 1024, 128, 32, 32
 EPISODE_TOKENS = 2 * WINDOW
+DATA = {"search_tokens": SEARCH_WINDOWS * WINDOW, "report": "demo:c4", "report_tokens": DEVELOPMENT_WINDOWS * WINDOW}
+
+
+def on_development(task: Task, *allocations: Sequence[int], windows: int = DEVELOPMENT_WINDOWS) -> list[list[float]]:
+    """Losses of allocations, as units kept, on each of the first development windows."""
+    env, everywhere = task.env, tuple(range(windows))
+    development = PruningEnv(
+        env.prunable,
+        env.reward,
+        task.splits.report.windows,
+        env.budget,
+        sparsity=env.sparsity,
+        calibrated=env.calibrated,
+    )
+    outcomes = development.outcomes([Trial(env.budget.allocation(kept), everywhere) for kept in allocations])
+    return [list(outcome.pruned.losses) for outcome in outcomes]
 
 
 def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, Any]) -> None:
@@ -36,13 +53,8 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, A
         "final_tokens": RESERVED * WINDOW,
         **tables.pop("search", {}),
     }
-    data = {
-        "search_tokens": SEARCH_WINDOWS * WINDOW,
-        "report": "demo:c4",
-        "report_tokens": DEVELOPMENT_WINDOWS * WINDOW,
-    }
     prune = {"sparsity": sparsity, **tables.pop("prune", {})}
-    config = load_config(seed=seed, data=data, prune=prune, search=search, **tables)
+    config = load_config(seed=seed, data=DATA, prune=prune, search=search, **tables)
     task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(stderr=True)))
     agent, env = make_agent(config), task.env
     give_prior(agent, task)
@@ -62,11 +74,7 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, A
     labels = ("final", "clearer", "slopes")  # three of `reinforce` where it has tried units, one of others
     for label, importance in zip(labels, agent.recommend(observation), strict=False):
         kept[label] = env.budget.project(importance, sparsity).kept
-    development = PruningEnv(
-        env.prunable, env.reward, task.splits.report.windows, env.budget, sparsity=sparsity, calibrated=env.calibrated
-    )
-    trials = [Trial(env.budget.allocation(units), tuple(range(DEVELOPMENT_WINDOWS))) for units in kept.values()]
-    losses = {label: outcome.pruned.losses for label, outcome in zip(kept, development.outcomes(trials), strict=True)}
+    losses = dict(zip(kept, on_development(task, *kept.values()), strict=True))
     gains = 1000 * (np.array(losses["prior"]) - np.array(losses["final"]))
     error = gains.std(ddof=1) / len(gains) ** 0.5
     print(f"{name}, {sparsity:.0%}, seed {seed}: {gains.mean():.1f} ± {error:.1f} mnats better than the prior")

@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from develop import DEVELOPMENT_WINDOWS, RESERVED, SEARCH_WINDOWS, WINDOW
+from develop import DATA, RESERVED, WINDOW, on_development
 from rich.console import Console
 from scipy.stats import spearmanr
 
 from ffgym.config.toml import load_config
-from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.evaluation.evaluator import ModelEvaluator, Request
 from ffgym.pipeline.task import open_task
 from ffgym.pruning.budget import Budget
@@ -42,12 +41,7 @@ def without_a_group(budget: Budget, kept: tuple[int, ...], index: int, sparsity:
 def main(result: str, sparsity: float, windows: int) -> None:
     """Print a line a layer, the greatest gain first."""
     stored = json.loads((Path(__file__).parent / "results" / f"{result}.json").read_text(encoding="utf-8"))
-    data = {
-        "search_tokens": SEARCH_WINDOWS * WINDOW,
-        "report": "demo:c4",
-        "report_tokens": DEVELOPMENT_WINDOWS * WINDOW,
-    }
-    config = load_config(data=data, prune={"sparsity": sparsity}, search={"final_tokens": RESERVED * WINDOW})
+    config = load_config(data=DATA, prune={"sparsity": sparsity}, search={"final_tokens": RESERVED * WINDOW})
     task = open_task(config, [(config.prior.name, config.prior.options)], Reporter(Console(stderr=True)))
     env, budget = task.env, task.env.budget
     base = budget.project(budget.importance(stored["kept"]["final"]), sparsity).kept
@@ -55,22 +49,16 @@ def main(result: str, sparsity: float, windows: int) -> None:
     request = Request(base, tuple(range(SLOPE_WINDOWS)), needs=frozenset({"slopes"}))
     slopes = evaluator.measure([request])[0].slopes
     assert slopes is not None
-    development = PruningEnv(
-        env.prunable, env.reward, task.splits.report.windows, budget, sparsity=sparsity, calibrated=env.calibrated
-    )
-
-    def losses(kept: tuple[int, ...]) -> np.ndarray:
-        (outcome,) = development.outcomes([Trial(budget.allocation(kept), tuple(range(windows)))])
-        return np.array(outcome.pruned.losses)
-
-    found, rows = losses(base), []
-    for index, sublayer in enumerate(budget.sublayers):
-        fewer = without_a_group(budget, base, index, sparsity) if sublayer.kind == "attention" else None
-        if fewer is not None:
-            gains = 1000 * (found - losses(fewer))
-            changes = zip(slopes, base, fewer, strict=True)
-            estimate = -1000 * sum(s[a:b].sum() if b > a else -s[b:a].sum() for s, a, b in changes)
-            rows.append((gains.mean(), gains.std(ddof=1) / windows**0.5, estimate, sublayer.name))
+    attentions = [index for index, sublayer in enumerate(budget.sublayers) if sublayer.kind == "attention"]
+    tried = ((index, without_a_group(budget, base, index, sparsity)) for index in attentions)
+    cuts = {index: fewer for index, fewer in tried if fewer is not None}
+    found, *losses = map(np.array, on_development(task, base, *cuts.values(), windows=windows))
+    rows = []
+    for (index, fewer), others in zip(cuts.items(), losses, strict=True):
+        gains = 1000 * (found - others)
+        changes = zip(slopes, base, fewer, strict=True)
+        estimate = -1000 * sum(s[a:b].sum() if b > a else -s[b:a].sum() for s, a, b in changes)
+        rows.append((gains.mean(), gains.std(ddof=1) / windows**0.5, estimate, budget.sublayers[index].name))
     for gain, error, estimate, name in sorted(rows, reverse=True):
         print(f"{gain:7.1f} ± {error:4.1f} mnats, first-order estimate {estimate:6.1f}  {name}")
     print(f"rank correlation {spearmanr([row[0] for row in rows], [row[2] for row in rows]).statistic:.2f}")

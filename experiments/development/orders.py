@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from develop import DEVELOPMENT_WINDOWS, RESERVED, SEARCH_WINDOWS, WINDOW
+from develop import DATA, RESERVED, WINDOW, on_development
 from rich.console import Console
 
 from ffgym.config.toml import load_config
-from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.pipeline.task import open_task
 from ffgym.report.progress import Reporter
 
@@ -28,30 +27,15 @@ FOUND = ("half-units-40-seed3", "half-units-50-seed0", "half-units-50-seed1")  #
 
 def main(criterion: str) -> None:
     """Measure every allocation after the order of one criterion, and write the losses."""
-    data = {
-        "search_tokens": SEARCH_WINDOWS * WINDOW,
-        "report": "demo:c4",
-        "report_tokens": DEVELOPMENT_WINDOWS * WINDOW,
-    }
-    config = load_config(data=data, criterion={"name": criterion}, search={"final_tokens": RESERVED * WINDOW})
+    config = load_config(data=DATA, criterion={"name": criterion}, search={"final_tokens": RESERVED * WINDOW})
     task = open_task(config, [("uniform", {}), ("mlp-first", {})], Reporter(Console(stderr=True)))
-    budget = task.env.budget
     kept = {}
     for heuristic in ("uniform", "mlp-first"):
         for sparsity in SPARSITIES:
             kept[f"{heuristic}, {sparsity:.0%}"] = task.project(heuristic, {}, sparsity).kept
     for name in FOUND:
         kept[name] = tuple(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["kept"]["final"])
-    env = PruningEnv(
-        task.env.prunable,
-        task.env.reward,
-        task.splits.report.windows,
-        budget,
-        sparsity=SPARSITIES[0],
-        calibrated=task.env.calibrated,
-    )
-    trials = [Trial(budget.allocation(units), tuple(range(DEVELOPMENT_WINDOWS))) for units in kept.values()]
-    losses = {name: list(outcome.pruned.losses) for name, outcome in zip(kept, env.outcomes(trials), strict=True)}
+    losses = dict(zip(kept, on_development(task, *kept.values()), strict=True))
     for name, values in losses.items():
         print(f"{criterion}, {name}: {np.mean(values):.4f} nats, perplexity {np.exp(np.mean(values)):.2f}")
     file = RESULTS / f"orders-{criterion}.json"
