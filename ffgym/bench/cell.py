@@ -31,9 +31,8 @@ from ffgym.pipeline.artifacts import log_splits, run_tags
 from ffgym.pipeline.search import tracked_search
 from ffgym.pipeline.task import Task, give_prior, on_report, open_task, with_config
 from ffgym.plugins.bases import Agent
-from ffgym.plugins.kinds import PluginKind
 from ffgym.prepare import configured
-from ffgym.prepare.workers import check_installed, check_seen
+from ffgym.prepare.workers import ForeignPlugin, check_installed, check_seen
 from ffgym.report.progress import Reporter
 from ffgym.search.finalists import finalists
 from ffgym.search.loop import SearchResult
@@ -89,7 +88,7 @@ class Job:
     parent: str | None  # MLflow run that the cell's is a child of; None where tracking is off
     title: str
     places: tuple[str, ...] = ()  # model and texts where the bench has found them, which a worker's machine must see
-    plugins: tuple[tuple[PluginKind, str, str], ...] = ()  # which it must have, see `foreign_plugins`
+    plugins: tuple[ForeignPlugin, ...] = ()  # which it must have
 
 
 class CellRunner:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
@@ -51,7 +51,7 @@ class EvaluatorMaker:
     streamed: bool = False  # whether layers stay in the checkpoint until they are needed
     # the model's folder or file, where the run has found it; None for one of the hub, and the demo
     place: str | None = None
-    plugins: tuple[tuple[PluginKind, str, str], ...] = ()  # see `foreign_plugins`
+    plugins: tuple[ForeignPlugin, ...] = ()  # which a worker must have
 
     def __call__(self) -> ModelEvaluator:
         """Load the model, open the store, make the evaluator; raises ``WorkerError`` where they are not the run's."""
@@ -97,13 +97,22 @@ def check_seen(place: str) -> None:
         )
 
 
-def foreign_plugins(used: Iterable[tuple[PluginKind, type[Plugin]]]) -> tuple[tuple[PluginKind, str, str], ...]:
-    """Kind, name and package of the plugins among these that are not ffgym's own."""
-    return tuple((kind, cls.name, str(manager.package_of(cls))) for kind, cls in used if not manager.is_built_in(cls))
+class ForeignPlugin(NamedTuple):
+    """A plugin that is not ffgym's own."""
+
+    kind: PluginKind
+    name: str
+    package: str  # with its version
 
 
-def check_installed(plugins: Iterable[tuple[PluginKind, str, str]]) -> None:
-    """Raise in a worker whose machine lacks a plugin of the run; see `foreign_plugins`."""
+def foreign_plugins(used: Iterable[tuple[PluginKind, type[Plugin]]]) -> tuple[ForeignPlugin, ...]:
+    """The plugins among these that are not ffgym's own."""
+    foreign = ((kind, cls) for kind, cls in used if not manager.is_built_in(cls))
+    return tuple(ForeignPlugin(kind, cls.name, str(manager.package_of(cls))) for kind, cls in foreign)
+
+
+def check_installed(plugins: Iterable[ForeignPlugin]) -> None:
+    """Raise ``WorkerError`` in a worker whose machine lacks one of these."""
     for kind, name, package in plugins:
         if not manager.is_name(kind, name):
             raise WorkerError(
