@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_family import FAMILY
 from processes import fresh
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -31,22 +32,6 @@ from ffgym.testing.models import tiny_model
 
 Install = Callable[..., None]
 
-FAMILY = """
-import ffgym
-
-class Starcoder2(ffgym.Family):
-    '''Grouped-query attention and an MLP of two linears.'''
-
-    name = "{name}"
-    mlp_producers = ("mlp.c_fc",)
-    mlp_consumer = "mlp.c_proj"
-    stock = ffgym.Stock()
-    gguf = ("starcoder",)
-
-@ffgym.hookimpl
-def ffgym_families():
-    return [Starcoder2]
-"""
 FORMAT = """
 import ffgym
 

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from made_up_family import FAMILY
 
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
@@ -64,25 +65,14 @@ class Acme(ffgym.Criterion):
 def ffgym_criteria():
     return [Acme]
 """
-FAMILY = """
-import ffgym
-
-class Starcoder2(ffgym.Family):
-    '''Starcoder2.'''
-
-    name = "starcoder2"
-    mlp_producers = ("mlp.c_fc",)
-    mlp_consumer = "mlp.c_proj"
-
-@ffgym.hookimpl
-def ffgym_families():
-    return [Starcoder2]
-"""
 
 
 @pytest.mark.parametrize(
     ("source", "model", "criterion", "lacking"),
-    [(CRITERION, "llama", "acme", "criterion 'acme'"), (FAMILY, "starcoder2", "wanda", "family 'starcoder2'")],
+    [
+        (CRITERION, "llama", "acme", "criterion 'acme'"),
+        (FAMILY.format(name="starcoder2"), "starcoder2", "wanda", "family 'starcoder2'"),
+    ],
     ids=["criterion", "family"],
 )
 def test_a_plugin_that_a_workers_machine_lacks_is_named_with_its_package(
