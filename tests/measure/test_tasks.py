@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,12 @@ def test_figures_and_standard_errors_are_lm_evals_to_the_last_bit(model, folder,
         for metric in result.metrics:
             assert metric.value == own[f"{metric.name},none"]
             assert metric.stderr == own[f"{metric.name}_stderr,none"]
+
+
+def test_no_process_is_forked(model, monkeypatch):
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("torch's threads do not outlive a fork, and it may hang"))
+    (task,) = load_tasks(["lambada_openai"]).tasks
+    assert evaluate_task(model, task, limit=4).metric("perplexity").stderr is not None
 
 
 def test_batches_change_nothing_but_rounding(model):
