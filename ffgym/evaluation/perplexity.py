@@ -50,7 +50,7 @@ def evaluate(
 
 @torch.inference_mode()
 def check_logits(model: Any, ids: torch.Tensor) -> None:
-    """Refuse a model that makes something else of its head's output than `project` knows, such as Cohere's scale.
+    """Refuse a model that makes something else of its head's output than `project` knows, such as a scale.
 
     Args:
         model: a Hugging Face causal LM in eval mode, of any architecture.
@@ -193,14 +193,17 @@ def project(model: Any, states: torch.Tensor, buffer: torch.Tensor, columns: sli
         the first numbers of the buffer, shape (rows, columns).
     """
     head = model.get_output_embeddings()
-    cap, divisor = (getattr(model.config, name, None) for name in ("final_logit_softcapping", "logits_scaling"))
+    names = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    cap, divisor, factor = (getattr(model.config, name, None) for name in names)
     weight = head.weight[columns]
     logits = buffer[: len(states) * len(weight)].view(len(states), len(weight))
     torch.mm(states, weight.T, out=logits)
     if head.bias is not None:
         logits += head.bias[columns]
-    if divisor is not None:  # Granite's
+    if divisor is not None:  # Granite's; a pruned one has its inverse as ``logit_scale``, too
         logits.div_(divisor)
+    elif factor is not None:  # Cohere's
+        logits.mul_(factor)
     if cap is not None:
         logits.div_(cap).tanh_().mul_(cap)
     return logits

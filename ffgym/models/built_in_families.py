@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ffgym.models.families import Family, Stock
+from ffgym.types import Sublayer
 
 
 class Llama(Family):
@@ -78,6 +79,13 @@ class SmolLM3(Family):
     tiny: ClassVar[Mapping[str, Any]] = {"no_rope_layer_interval": 2}
 
 
+class OLMo(Family):
+    """As Llama, with norms that have no weights; queries, keys and values may be clipped."""
+
+    name = "olmo"
+    stock = Stock(attention_bias="attention_bias")
+
+
 class OLMo2(Family):
     """As Llama, with norms behind each half, and of the queries and keys of all heads together."""
 
@@ -104,6 +112,41 @@ class Granite(Family):
         "residual_multiplier": 0.7,
         "logits_scaling": 2.0,
     }
+
+
+class Cohere2(Family):
+    """Command R7B and A: attention and MLP read the same input; sliding windows, scaled logits."""
+
+    name = "cohere2"
+    stock = Stock(attention_bias="attention_bias")
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "logit_scale": 0.5,
+    }
+
+
+class Exaone4(Family):
+    """As Qwen3, with norms behind each half in place of those before it, and sliding windows."""
+
+    name = "exaone4"
+    stock = Stock()
+    tiny: ClassVar[Mapping[str, Any]] = {"sliding_window": 8}
+
+
+class Ernie45(Family):
+    """As Llama; the dense models."""
+
+    name = "ernie4_5"
+    stock = Stock()
+
+
+class SeedOss(Family):
+    """As Qwen2."""
+
+    name = "seed_oss"
+    stock = Stock()
+    tiny: ClassVar[Mapping[str, Any]] = {"attention_dropout": 0.0}
 
 
 class Mixtral(Family):
@@ -172,6 +215,20 @@ class Phi3(Family):
     stock = Stock()
 
 
+class GLM(Family):
+    """As Llama, with one linear for gate and up, and rotary positions in half of a head's channels."""
+
+    name = "glm"
+    mlp_producers = ("mlp.gate_up_proj", "mlp.gate_up_proj")
+    stock = Stock()
+
+
+class GLM4(GLM):
+    """As GLM, with norms behind each half, too."""
+
+    name = "glm4"
+
+
 class Ministral(Family):
     """As Mistral; some layers have a sliding window."""
 
@@ -203,3 +260,39 @@ class OPT(Family):
     head_count_attributes = ("num_heads",)
     stock = Stock("dense")
     tiny: ClassVar[Mapping[str, Any]] = {"dropout": 0.0}
+
+
+class Phi(Family):
+    """Phi-1 and 2: attention and an MLP of two linears read the same input, and all have biases."""
+
+    name = "phi"
+    attention_consumer = "self_attn.dense"
+    mlp_producers = ("mlp.fc1",)
+    mlp_consumer = "mlp.fc2"
+    stock = Stock()
+
+
+class Nemotron(Family):
+    """As Llama, with an MLP of two linears; not Llama-Nemotron, which is of family ``llama``, or Nemotron-H."""
+
+    name = "nemotron"
+    mlp_producers = ("mlp.up_proj",)
+    stock = Stock(attention_bias="attention_bias", mlp_bias="mlp_bias")
+
+
+class GPTNeoX(Family):
+    """Pythia: multi-head attention and an MLP of two linears, with biases; most models let both read the same input."""
+
+    name = "gpt_neox"
+    decoder = "gpt_neox"
+    query = key = value = "attention.query_key_value"
+    attention_consumer = "attention.dense"
+    mlp_producers = ("mlp.dense_h_to_4h",)
+    mlp_consumer = "mlp.dense_4h_to_h"
+    kv_heads = None
+    stock = Stock("dense")
+
+    def rows_per_unit(self, sublayer: Sublayer) -> list[tuple[int, ...]]:
+        """Head after head, the fused linear has the queries, keys and values of one."""
+        rows = super().rows_per_unit(sublayer)
+        return [(sum(rows[0]),)] if sublayer.kind == "attention" else rows

@@ -64,6 +64,7 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
             "ffgym.models.built_in_families:Gemma3", "as gemma2, with norms of queries and keys; the text model"
         ),
         "smollm3": BuiltIn("ffgym.models.built_in_families:SmolLM3", "as llama, some layers without rotary positions"),
+        "olmo": BuiltIn("ffgym.models.built_in_families:OLMo", "as llama, with norms that have no weights"),
         "olmo2": BuiltIn("ffgym.models.built_in_families:OLMo2", "norms of all heads together: attention whole or not"),
         "olmo3": BuiltIn("ffgym.models.built_in_families:OLMo3", "as olmo2, with sliding windows"),
         "olmoe": BuiltIn("ffgym.models.built_in_families:OLMoE", "experts in place of MLPs, attention whole or not"),
@@ -72,6 +73,19 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         ),
         "granite": BuiltIn("ffgym.models.built_in_families:Granite", "as llama, with scaled embeddings and logits"),
         "phi3": BuiltIn("ffgym.models.built_in_families:Phi3", "as llama, with fused query/key/value and gate/up"),
+        "cohere2": BuiltIn(
+            "ffgym.models.built_in_families:Cohere2", "both halves read one input, sliding windows, scaled logits"
+        ),
+        "exaone4": BuiltIn("ffgym.models.built_in_families:Exaone4", "as qwen3, with norms behind each half instead"),
+        "ernie4_5": BuiltIn("ffgym.models.built_in_families:Ernie45", "as llama"),
+        "seed_oss": BuiltIn("ffgym.models.built_in_families:SeedOss", "as qwen2"),
+        "glm": BuiltIn("ffgym.models.built_in_families:GLM", "as llama, with fused gate/up"),
+        "glm4": BuiltIn("ffgym.models.built_in_families:GLM4", "as glm, with norms behind each half, too"),
+        "nemotron": BuiltIn("ffgym.models.built_in_families:Nemotron", "as llama, with an MLP of two linears"),
+        "phi": BuiltIn("ffgym.models.built_in_families:Phi", "both halves read one input, MLP of two linears, biases"),
+        "gpt_neox": BuiltIn(
+            "ffgym.models.built_in_families:GPTNeoX", "multi-head attention, both halves read one input, biases"
+        ),
         "ministral": BuiltIn("ffgym.models.built_in_families:Ministral", "as mistral, with sliding windows"),
         "ministral3": BuiltIn("ffgym.models.built_in_families:Ministral3", "as mistral, far queries are scaled"),
         "opt": BuiltIn(

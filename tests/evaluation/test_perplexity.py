@@ -8,7 +8,7 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from torch.nn.functional import cross_entropy
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
 
 from ffgym.errors import ModelError
 from ffgym.evaluation import perplexity
@@ -38,7 +38,7 @@ def test_equals_the_plain_cross_entropy(family, random_windows):
     assert got.perplexity == pytest.approx(math.exp(got.loss))
 
 
-@pytest.mark.parametrize("family", ["gemma2", "granite", "opt"])
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere2", "phi", "opt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_done_to_logits_is_known(family, dtype, random_windows):
     check_logits(tiny_model(family, dtype=dtype), random_windows(1, 16)[0])
@@ -47,8 +47,8 @@ def test_what_is_done_to_logits_is_known(family, dtype, random_windows):
 def test_a_model_that_scales_its_logits_as_ffgym_does_not_is_refused(random_windows):
     """Before, `ffgym eval` gave it a wrong loss."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = CohereForCausalLM(CohereConfig(vocab_size=128, pad_token_id=0, **sizes)).eval()
-    with pytest.raises(ModelError, match="a CohereForCausalLM changes the output of its head"):
+    model = HyperCLOVAXForCausalLM(HyperCLOVAXConfig(vocab_size=128, logits_scaling=2.0, **sizes)).eval()
+    with pytest.raises(ModelError, match="a HyperCLOVAXForCausalLM changes the output of its head"):
         check_logits(model, random_windows(1, 16)[0])
 
 
