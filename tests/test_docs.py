@@ -35,12 +35,10 @@ from ffgym.errors import ModelError
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load
 from ffgym.plugins import built_ins, discovery, kinds, manager
-from ffgym.plugins.bases import BatchAgent, Plugin, Reward
+from ffgym.plugins.bases import MEASUREMENTS, STATISTICS, BatchAgent, Plugin, Reward
 from ffgym.plugins.kinds import KINDS
 from ffgym.testing import conformance
 from ffgym.testing.conformance import (
-    MEASUREMENTS,
-    STATISTICS,
     AgentConformance,
     CriterionConformance,
     FamilyConformance,

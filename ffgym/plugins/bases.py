@@ -27,6 +27,13 @@ OnUpdate = Callable[[Update], None]
 SLOPE_PASSES = 3
 
 
+STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_gradient"})
+"""What a criterion or a heuristic may need."""
+
+MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
+"""What a reward may need beside the losses."""
+
+
 class PluginConfig(BaseModel):
     """Base of every plugin's ``Config``: unknown keys are errors, defaults are checked too, values are frozen.
 

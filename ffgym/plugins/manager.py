@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ffgym.config.refusals import config_error
 from ffgym.errors import FFGymError, PluginError, UnknownNameError
 from ffgym.plugins import discovery
-from ffgym.plugins.bases import Agent, Plugin, PluginConfig
+from ffgym.plugins.bases import MEASUREMENTS, STATISTICS, Agent, Plugin, PluginConfig
 from ffgym.plugins.built_ins import BUILTINS
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE, OWN, Package, located, providers
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
@@ -19,6 +19,9 @@ from ffgym.types import PluginRecord
 
 COUNTS = {"slope_episodes": 0, "least_episodes": 1, "update_episodes": 1, "recommendations": 0}
 """Attributes of an agent that are whole numbers, and the least that each may be."""
+
+NEEDS: dict[PluginKind, frozenset[str]] = {"criterion": STATISTICS, "heuristic": STATISTICS, "reward": MEASUREMENTS}
+"""What plugins of a kind may ask for."""
 
 
 def names(kind: PluginKind) -> dict[str, str]:
@@ -83,7 +86,7 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
 
     Raises:
         ConfigError: an option that the class's ``Config`` refuses; names the table and the key.
-        PluginError: two packages provide the name, or the constructor failed.
+        PluginError: two packages provide the name, the constructor failed, or it needs what nobody measures.
         UnknownNameError: nobody provides the name.
     """
     cls = get_class(kind, name)
@@ -92,6 +95,8 @@ def create(kind: PluginKind, name: str, options: Mapping[str, Any] | None = None
         plugin = cls(config)
         if isinstance(plugin, Agent):
             _check_counts(plugin)
+        if kind in NEEDS:
+            _check_needs(plugin, NEEDS[kind])
     except FFGymError:
         raise
     except Exception as error:
@@ -105,6 +110,15 @@ def _check_counts(agent: Agent) -> None:
         value = getattr(agent, attribute)
         if (attribute, value) != ("update_episodes", None) and not (isinstance(value, int) and value >= least):
             raise PluginError(f"{described(agent)}: {attribute} is {value!r}, not a whole number from {least}")
+
+
+def _check_needs(plugin: Any, known: frozenset[str]) -> None:
+    """Refuse needs of other names, which nobody would measure, and text, which would count letter by letter."""
+    if not (isinstance(plugin.needs, set | frozenset) and plugin.needs <= known):
+        raise PluginError(
+            f"{described(plugin)}: needs is {plugin.needs!r}, not a set of any of {', '.join(sorted(known))}",
+            hint=f'For one of them: needs = frozenset({{"{min(known)}"}}).',
+        )
 
 
 def validated(kind: PluginKind, cls: type[Plugin], options: Mapping[str, Any]) -> PluginConfig:

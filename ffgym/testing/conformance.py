@@ -38,7 +38,17 @@ from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import register
 from ffgym.models.walk import Walk
 from ffgym.plugins import manager
-from ffgym.plugins.bases import Agent, BatchAgent, Criterion, Heuristic, Plugin, PluginConfig, Reward
+from ffgym.plugins.bases import (
+    MEASUREMENTS,
+    STATISTICS,
+    Agent,
+    BatchAgent,
+    Criterion,
+    Heuristic,
+    Plugin,
+    PluginConfig,
+    Reward,
+)
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
 from ffgym.plugins.discovery import check_class
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
@@ -46,12 +56,6 @@ from ffgym.prepare.parts import check_distinct
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
-
-STATISTICS = frozenset({"mean", "square", "second_moment", "gradient", "output_gradient"})
-"""What a criterion or a heuristic may need."""
-
-MEASUREMENTS = frozenset({"kl", "reverse_kl", "accuracy", "cost"})
-"""What a reward may need beside the losses."""
 
 FOLLOWED = ("loss", "kl", "reverse_kl", None)
 """What a reward may fall with."""

@@ -233,6 +233,25 @@ def test_impossible_numbers_of_episodes_are_refused_at_creation(install: Install
         manager.create("agent", "mine")
 
 
+@pytest.mark.parametrize(
+    ("base", "method", "needs"),
+    [
+        ("Criterion", "score", "'square'"),
+        ("Criterion", "score", "frozenset({'squares'})"),
+        ("Heuristic", "importance", "['mean']"),
+        ("Reward", "__call__", "frozenset({'kls'})"),
+    ],
+)
+def test_needs_that_nobody_measures_are_refused_at_creation(
+    install: Install, base: str, method: str, needs: str
+) -> None:
+    install("acme-mine", offering(base, f"'name': 'mine', '{method}': lambda *_: 0, 'needs': {needs}"))
+    with pytest.raises(
+        PluginError, match=rf"'mine' \(package acme-mine 1\.0\): needs is {re.escape(needs)}, not a set"
+    ):
+        manager.create(base.lower(), "mine")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("attribute", ["slope_episodes", "least_episodes", "recommendations"])
 def test_a_number_of_episodes_may_be_a_property(install: Install, attribute: str) -> None:
     learn = "'learn': lambda self, env, *, seed, on_update: 0"
