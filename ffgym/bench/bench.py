@@ -203,7 +203,7 @@ def _shared(bench: Bench) -> JSONDict:
     """The settings that all cells of a bench have in common, and which agents and seeds it has."""
     first, *others = (flatten(cell.config.model_dump(mode="json")) for cell in bench.cells)
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    return shared | {"agent.name": ", ".join(bench.spec.agents), "seed": ", ".join(map(str, bench.spec.seeds))}
+    return shared | {"agent.name": ", ".join(bench.spec.agents), "seed": bench.spec.seeds_in_words}
 
 
 def _parent_note(bench: Bench) -> Path:

@@ -59,6 +59,12 @@ class BenchFile(Strict):
         """The seeds that an agent runs."""
         return [*self.seeds, *self.more_seeds.get(label, [])]
 
+    @property
+    def seeds_in_words(self) -> str:
+        """``0, 1 (cma-es: also 2)``."""
+        more = "; ".join(f"{label}: also {', '.join(map(str, seeds))}" for label, seeds in self.more_seeds.items())
+        return ", ".join(map(str, self.seeds)) + (f" ({more})" if more else "")
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -86,7 +92,7 @@ def read_bench(file: Path) -> Bench:
     """Read one bench file and expand its cells, every configuration validated."""
     file = file.expanduser()
     content = BENCH_FILE.read(file)
-    if "agents" not in content and content.keys() & set(RunConfig.model_fields):
+    if content.keys() & set(RunConfig.model_fields) and not content.keys() & set(BenchFile.model_fields):
         raise ConfigError(
             f"{file} configures one run: it names no agents and seeds, as a bench file does",
             hint=f"Run it: ffgym run --config {shlex.quote(str(file))}. To bench it, put its tables below [run]; see "
@@ -120,6 +126,7 @@ def read_bench(file: Path) -> Bench:
     for label in spec.agents:
         if Path(label).name != label:
             raise ConfigError(f"{file}: agents has {label!r}, which cannot name a file", hint="Leave the slash out.")
+        _check_is_known(file, label, spec.variants)
         changes = spec.variants.get(label, {"agent": {"name": label}})
         _check_says_who_searches(file, label, changes)
         for seed in spec.seeds_of(label):
@@ -137,6 +144,14 @@ def read_bench(file: Path) -> Bench:
             path = result_file(file, spec, label, seed)
             cells.append(Cell(label, seed, config, path, spec.marks, spec.plain))
     return Bench(file, spec, tuple(cells))
+
+
+def _check_is_known(file: Path, label: str, variants: dict[str, dict[str, Any]]) -> None:
+    """Refuse a label that is no variant of the file, no agent and no heuristic."""
+    if label not in variants and not (manager.is_name("agent", label) or manager.is_name("heuristic", label)):
+        known = {*variants, *manager.names("agent"), *manager.names("heuristic")}
+        unknown = UnknownNameError("agent, heuristic or variant", label, known)
+        raise ConfigError(f"{file}: {unknown.message}", hint=manager.with_plugins(str(unknown.hint), label))
 
 
 def _check_says_who_searches(file: Path, label: str, changes: dict[str, Any]) -> None:

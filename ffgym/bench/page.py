@@ -33,8 +33,8 @@ def bench_page(file: Path) -> Page:
         summary=[_best(tables[0]), tables[0].header],
         settings={
             "agents": ", ".join(read.spec.agents),
-            "seeds": ", ".join(map(str, read.spec.seeds)),
-            "searches": f"{done} of {len(read.cells)} done" if missing else str(done),
+            "seeds": read.spec.seeds_in_words,
+            "cells": f"{done} of {len(read.cells)} done" if missing else str(done),
             "baseline": ", ".join(read.spec.baseline),
         },
         tables={"The table": tables[0].layout()},

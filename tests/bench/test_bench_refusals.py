@@ -166,6 +166,10 @@ def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="configures one run") as caught:
         read_bench(file)
     assert f"ffgym run --config {file}" in (caught.value.hint or "")
+    file.write_text('agent = ["random"]\nseeds = [0]\n')  # a bench, with a mistyped key
+    with pytest.raises(ConfigError, match="unknown table or key 'agent'") as caught:
+        read_bench(file)
+    assert "Did you mean 'agents'?" in (caught.value.hint or "")
     file.write_text("")
     with pytest.raises(ConfigError, match="needs a value for 'agents'") as caught:
         read_bench(file)
@@ -177,6 +181,10 @@ def test_the_file_of_a_run_is_named_as_such(tmp_path: Path) -> None:
     [
         ({"agents": []}, r"agents = \[\]: needs at least one entry"),
         ({"agents": ["random", "random"]}, "agents = .* twice"),
+        (
+            {"agents": ["random", "no-slopes", "no-slope"], "variants": {"no-slopes": {}}},
+            r"small\.toml: unknown agent, heuristic or variant 'no-slope'\n.*Did you mean 'no-slopes'",
+        ),
         ({"seeds": [1, 1]}, "seeds = .* twice"),
         ({"seeds": ["a"]}, "seeds = 'a': should be a valid integer"),
         (variant(seed=3), "sets `seed`.*\n.*Use `seeds`"),

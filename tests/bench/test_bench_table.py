@@ -263,10 +263,15 @@ def test_the_headline_of_a_page_names_what_ties_with_the_best(tmp_path: Path) ->
         (tmp_path / "results" / f"{label}-seed0.json").write_text(result.model_dump_json())
     file = tmp_path / "bench.toml"
     file.write_text(f'title = "B"\nagents = {list(losses)}\nseeds = [0]\nresults = "results"\ndated = "earlier"\n')
-    assert bench_page(file).summary[0] == (
+    page = bench_page(file)
+    assert page.summary[0] == (
         "The lowest perplexity is that of reinforce: 18.17, 0.91 x dense; a tie with random. The best heuristic, "
         "fisher, has 49.40 (reinforce against it, in nats per token: -1.000 ± 0.000)."
     )
+    assert (page.settings["seeds"], page.settings["cells"]) == ("0", "4")
+    with file.open("a") as text:
+        text.write("[more_seeds]\nreinforce = [1, 2]\nrandom = [1]\n")
+    assert bench_page(file).settings["seeds"] == "0 (reinforce: also 1, 2; random: also 1)"
 
 
 def drawn_axes(table_of: list[CellResult], path: Path, *baselines: str) -> Any:
