@@ -51,6 +51,10 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
                     f"the run {found.name} ({found.id}) is a point of the run {whole.name}, and has no folder itself",
                     hint=f"Name {whole.folder}: it is compared by its main point, which output.save_at chooses.",
                 )
+            raise OutputError(
+                f"the run {found.name} ({found.id}) is a cell of the bench {whole.name}, and has no folder",
+                hint="`ffgym bench FILE --report` compares the cells of a bench.",
+            )
         if found.folder is None or not found.folder.is_dir():
             where = "is not known" if found.folder is None else f"{found.folder} does not exist any more"
             raise OutputError(

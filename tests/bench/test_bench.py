@@ -37,7 +37,8 @@ from ffgym.bench.page import bench_page
 from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
-from ffgym.errors import ConfigError, ModelError, WorkerError
+from ffgym.errors import ConfigError, ModelError, OutputError, WorkerError
+from ffgym.pipeline.stored import stored_run
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE
 from ffgym.prepare import configured
 from ffgym.report.progress import Reporter
@@ -164,6 +165,13 @@ def test_one_parent_run_with_a_child_per_cell(finished: Any) -> None:
     assert {entry.path for entry in client(root).list_artifacts(parent.info.run_id)} == {
         "config.toml", "small.md", "small.png"
     }  # fmt: skip
+
+
+def test_a_cell_is_not_compared_as_if_its_folder_were_lost(finished: Any) -> None:
+    root = finished[0].parent / "mlruns"
+    with pytest.raises(OutputError, match="is a cell of the bench Small, and has no folder") as caught:
+        stored_run("Small: random, seed 0", root, "ffgym")
+    assert "ffgym bench FILE --report" in (caught.value.hint or "")
 
 
 def test_a_childs_run_holds_what_the_table_and_the_picture_are_made_of(finished: Any) -> None:
