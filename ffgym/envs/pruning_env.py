@@ -12,7 +12,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat
 
 import gymnasium
@@ -57,13 +57,13 @@ class Outcome:
     dense: Evaluation  # the dense model on the same windows and examples
     tokens: int  # what it costs the search, slopes included
     reward: float  # what it earns: the reward's worst where it failed
-    failed: bool = False  # the cut model's losses or divergences are not finite
+    failed: bool  # the cut model's losses or divergences are not finite
     # what the reward weighs, by name, higher = better; empty where it weighs nothing, or failed
-    objectives: dict[str, float] = field(default_factory=dict)
+    objectives: dict[str, float]
     # derivative by importance of what the reward falls with, else of the loss, shape (2L,), float64, nats per token and
     # importance, all 0 where the cut model's loss is not finite; None where they were not asked for
-    slopes: np.ndarray | None = None
-    slope_tokens: int = 0  # how many of tokens the slopes took
+    slopes: np.ndarray | None
+    slope_tokens: int  # how many of tokens the slopes took
 
 
 class OneThread:
@@ -356,15 +356,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """
         requests = [self._request(t.allocation.kept, t, slopes=t.slopes_at is not None) for t in trials]
         references = [self._request(self.prunable.dense_units, trial) for trial in trials]
-        found = self._measured([*references, *requests], on_progress)
+        once = list(dict.fromkeys([*references, *requests]))
+        measured = zip(once, self.executor.measure(once, on_progress), strict=True)
+        found = {request: replace(each, costs=self._costs(request.kept)) for request, each in measured}
         for trial, request, reference in zip(trials, requests, references, strict=True):
             yield self._outcome(trial, found[request], found[reference])
-
-    def dense(self, subset: Sequence[int], examples: Sequence[int] = ()) -> Evaluation:
-        """The dense model on these search windows and examples."""
-        allocation = self.budget.allocation(self.prunable.dense_units)
-        request = self._request(self.prunable.dense_units, Trial(allocation, tuple(subset), tuple(examples)))
-        return self._measured([request])[request]
 
     def _request(self, kept: tuple[int, ...], trial: Trial, *, slopes: bool = False) -> Request:
         needs = MEASURED & self.reward.needs  # a plugin's may be a set
@@ -372,27 +368,18 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             return Request(kept, trial.subset, trial.examples, needs)
         return Request(kept, trial.subset, trial.examples, needs | {"slopes"}, self.reward.falls_with or "loss")
 
-    def _measured(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> dict[Request, Evaluation]:
-        """The evaluation of each request, costs included; equal requests are measured once."""
-        once = list(dict.fromkeys(requests))
-        found = self.executor.measure(once, on_progress)
-        return {request: replace(e, costs=self._costs(request.kept)) for request, e in zip(once, found, strict=True)}
-
     def _outcome(self, trial: Trial, pruned: Evaluation, dense: Evaluation) -> Outcome:
-        tokens = self.tokens(trial.subset, trial.examples)
-        outcome = Outcome(pruned, dense, tokens, float(self.reward.worst), failed=True)
+        reward, objectives, slopes = float(self.reward.worst), dict[str, float](), None
         if pruned.finite:
             reward = check_reward(self.reward, pruned, dense)
             objectives = check_objectives(self.reward, pruned, dense, names=self._objectives)
-            outcome = Outcome(pruned, dense, tokens, reward, objectives=objectives)
             self._objectives = tuple(objectives)
-        if trial.slopes_at is None or pruned.slopes is None:
-            return outcome
+        if trial.slopes_at is not None and pruned.slopes is not None:
+            slopes = self.budget.importance_slopes(trial.slopes_at, trial.allocation.kept, pruned.slopes)
+            slopes = slopes if np.isfinite(slopes).all() else np.zeros_like(slopes)
         slope_tokens = self.slope_tokens(trial)
-        slopes = self.budget.importance_slopes(trial.slopes_at, trial.allocation.kept, pruned.slopes)
-        if not np.isfinite(slopes).all():
-            slopes = np.zeros_like(slopes)
-        return replace(outcome, tokens=tokens + slope_tokens, slopes=slopes, slope_tokens=slope_tokens)
+        tokens = self.tokens(trial.subset, trial.examples) + slope_tokens
+        return Outcome(pruned, dense, tokens, reward, not pruned.finite, objectives, slopes, slope_tokens)
 
     def _costs(self, kept: Sequence[int]) -> dict[str, float] | None:
         if "cost" not in self.reward.needs:

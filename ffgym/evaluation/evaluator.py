@@ -78,10 +78,6 @@ class _Pass:
     kept: tuple[int, ...]
     divergences: frozenset[str] = frozenset()
 
-    def level(self, layer: int) -> tuple[int, ...]:
-        """Units that it keeps of a layer's attention and MLP."""
-        return self.kept[2 * layer : 2 * layer + 2]
-
 
 @dataclass(frozen=True)
 class _Stream:
@@ -121,6 +117,7 @@ class ModelEvaluator:
         self._walk = Walk(prunable.model)
         self._head_share = head_share(prunable.model)
         self._windows = windows
+        self._length = windows.shape[1]
         self._examples = tuple(examples)
         self._calibrated = calibrated
         self._tokens_per_batch = tokens_per_batch
@@ -138,7 +135,7 @@ class ModelEvaluator:
         """Measure every request, in the order asked for; see `Evaluator`."""
         compared = {i for request in requests if request.divergences for i in request.windows}
         # Requests for slopes are measured one by one, after the others.
-        sloped = {_without_examples(r): self._of_text(r) for r in requests if "slopes" in r.needs}
+        sloped = {r: self._of_text(r) for r in requests if "slopes" in r.needs}
         later = [each for own in sloped.values() for each in own]
         own_walk = {each for each in later if not self._is_dense(each.kept)}
         passes = [p for p in self._passes(requests) if p not in own_walk and not self._is_known(p, compared)]
@@ -157,11 +154,7 @@ class ModelEvaluator:
                 advance(SLOPE_PASSES * sum(map(self._tokens, own)))
         finally:
             self._prunable.restore()
-        return [replace(self._evaluation(r, read), slopes=slopes.get(_without_examples(r))) for r in requests]
-
-    @property
-    def _length(self) -> int:
-        return self._windows.shape[1]
+        return [replace(self._evaluation(r, read), slopes=slopes.get(r)) for r in requests]
 
     def _passes(self, requests: Sequence[Request]) -> Iterable[_Pass]:
         """What has to be known of the requests, each pass once."""
@@ -267,7 +260,7 @@ class ModelEvaluator:
         for stream in streams:
             passes: dict[tuple[int, ...], list[_Pass]] = {}
             for each in stream.passes:
-                passes.setdefault(each.level(layer), []).append(each)
+                passes.setdefault(each.kept[2 * layer : 2 * layer + 2], []).append(each)
             for units, own in passes.items():
                 split.setdefault(units, []).append(replace(stream, passes=tuple(own)))
         behind = []
@@ -342,11 +335,6 @@ class ModelEvaluator:
             reverse_kls=reverse_kls if "reverse_kl" in request.needs else None,
             accuracy=accuracy,
         )
-
-
-def _without_examples(request: Request) -> Request:
-    """What the slopes of a request depend on."""
-    return replace(request, examples=())
 
 
 def _counter(on_progress: OnShare, total: float) -> Callable[[float], None]:

@@ -64,19 +64,16 @@ def unit_slopes(
                 for half in halves:
                     half.restore()
 
-    try:
-        # One window at a time, to bound the graph of a layer.
-        with torch.no_grad():
-            stream = Stream(Walk(prunable.model), torch.split(windows, 1))
-        walked = walk_back(stream, states, partial(_parameters, prunable), objectives=objectives, layer=layer)
-        for done, (index, gradients) in enumerate(walked):
-            wide = (gradient.float() for gradient in gradients)
-            own = dict(zip(_parameters(prunable, index), wide, strict=True))
-            for at in (2 * index + 1, 2 * index):
-                slopes[done % len(windows)].append(_along_path(prunable.halves[at], kept[at], own, calibrated))
-        return [tuple(each[::-1]) for each in slopes]
-    finally:
-        prunable.restore()
+    # One window at a time, to bound the graph of a layer.
+    with torch.no_grad():
+        stream = Stream(Walk(prunable.model), torch.split(windows, 1))
+    walked = walk_back(stream, states, partial(_parameters, prunable), objectives=objectives, layer=layer)
+    for done, (index, gradients) in enumerate(walked):
+        wide = (gradient.float() for gradient in gradients)
+        own = dict(zip(_parameters(prunable, index), wide, strict=True))
+        for at in (2 * index + 1, 2 * index):
+            slopes[done % len(windows)].append(_along_path(prunable.halves[at], kept[at], own, calibrated))
+    return [tuple(each[::-1]) for each in slopes]
 
 
 def mean_slopes(windows: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
