@@ -37,7 +37,12 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
         ConfigError, PluginError, UnknownNameError: as `create`; options where the plugin is ``none``.
     """
     for key in only:
-        _refuse_options_of_none(config, key)
+        table = getattr(config, key)
+        if isinstance(table, PluginTable) and table.options and getattr(table, table.named_by) == "none":
+            raise ConfigError(
+                f"{key}.{min(table.options)} is an option of a plugin, and {key}.{table.named_by} is 'none'",
+                hint="Leave it out, or name the plugin that it belongs to.",
+            )
     tables = {}
     for key, (kind, cls) in used_plugins(config, only).items():
         table = getattr(config, key, None)
@@ -46,19 +51,6 @@ def with_options(config: RunConfig, only: Collection[str] = ALL_TABLES) -> RunCo
         options = validated(kind, cls, table.options).model_dump(mode="json", exclude_none=True, by_alias=True)
         tables[key] = type(table)(**options, **{field: getattr(table, field) for field in type(table).model_fields})
     return config.model_copy(update=tables)
-
-
-def _refuse_options_of_none(config: RunConfig, key: str) -> None:
-    table = getattr(config, key)
-    if (
-        isinstance(table, PluginTable)
-        and getattr(table, table.named_by) == "none"
-        and (unread := sorted(table.options))
-    ):
-        raise ConfigError(
-            f"{key}.{unread[0]} is an option of a plugin, and {key}.{table.named_by} is 'none'",
-            hint="Leave it out, or name the plugin that it belongs to.",
-        )
 
 
 def meanings(config: RunConfig, only: Collection[str] = ALL_TABLES) -> dict[str, dict[str, str]]:

@@ -176,7 +176,6 @@ def _build_path(
         sums: of the fitted windows. The held-out ones are added, and the moments take the memory of the sums.
         apart: inputs of the held-out windows, shape (tokens, n); ``None`` where lambda is given.
         ridge: lambda; ``None`` picks it.
-        keep: statistics that the view holds.
         tokens_per_batch: so many of the held-out inputs are added at once.
     """
     fitted = None
@@ -268,9 +267,6 @@ def view_of(
     """What heuristics see of a sublayer in path order.
 
     Args:
-        half: the sublayer.
-        scores: of its units.
-        stats: what heuristics asked for.
         removal_error: for every channel that may be the first to go, shape (n + 1,).
         energy: E||W x||^2.
         refit: for the second-order estimate, where its statistics are there.

@@ -319,10 +319,9 @@ def _open(place: Path, model: Any, stream: LayerStream | None) -> Prepared | Non
             return None
         record = RECORD.read(place / "record.json")
         files = [TensorFile(_file(place, layer)) for layer in range(len(prunable.halves) // 2)]
-        devices = (half.consumer.weight.device if stream is None else stream.device for half in prunable.halves)
         stored = [
-            _Stored(files[half.sublayer.layer], half, device)
-            for half, device in zip(prunable.halves, devices, strict=True)
+            _Stored(files[half.sublayer.layer], half, half.consumer.weight.device if stream is None else stream.device)
+            for half in prunable.halves
         ]
         orders = [each.read("order") for each in stored]
     except (AssetError, SafetensorError, OSError, KeyError):

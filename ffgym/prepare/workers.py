@@ -129,11 +129,7 @@ def shared_executor(
     splits: Splits,
     keep: frozenset[str] = frozenset(),
 ) -> Evaluator:
-    """An executor that shares measurements out among the workers of a cluster, who measure as this process does.
-
-    Args:
-        keep: as for `prepare_model`.
-    """
+    """An executor that shares measurements out among the workers of a cluster, who measure as this process does."""
     table = config.model.model_copy(update={"dtype": loaded.dtype_name})  # another machine's "auto" may be another
     used = used_plugins(config, ("criterion", "prune"))
     measuring = [used["criterion"], used["prune.calibration"], ("family", type(prepared.prunable.family))]
@@ -155,12 +151,7 @@ def shared_executor(
 def report_idle_workers(episodes: int, workers: int, notify: Notify, sloped_windows: int | None = None) -> None:
     """Tell the user if an update has fewer parts to share out than there are workers.
 
-    Args:
-        episodes: of an update.
-        workers: how many there are.
-        notify: is told.
-        sloped_windows: of an episode whose slopes are measured, which is an update by itself and is shared out window
-            by window; ``None`` for an agent that asks for none.
+    An episode whose slopes are measured is an update by itself, shared out window by window: ``sloped_windows``.
     """
     if sloped_windows is None:
         parts, when, update = episodes, "", f"an update is {counted(episodes, 'episode')}"
@@ -173,14 +164,7 @@ def report_idle_workers(episodes: int, workers: int, notify: Notify, sloped_wind
 
 
 def report_crowded_cores(workers: int, threads: int, cores: int, notify: Notify) -> None:
-    """Tell the user if workers on the CPU of this machine have more threads than it has cores.
-
-    Args:
-        workers: how many there are.
-        threads: of each; as many as this process has, because results may depend on it.
-        cores: of this machine.
-        notify: is told.
-    """
+    """Tell the user if workers on the CPU of this machine, with so many threads each, have more than it has cores."""
     if workers * threads > cores:
         notify(
             f"{workers} workers with {counted(threads, 'thread')} each slow each other down on "
@@ -191,9 +175,6 @@ def report_crowded_cores(workers: int, threads: int, cores: int, notify: Notify)
 @contextmanager
 def cluster_of(table: WorkersTable, device: str, notify: Notify) -> Iterator[Cluster | None]:
     """The workers that a table asks for, within the block; ``None`` where this process works alone.
-
-    Args:
-        table: how many, and where.
 
     Raises:
         ConfigError: more than one worker on one and the same GPU.

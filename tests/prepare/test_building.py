@@ -15,7 +15,6 @@ from ffgym.config.toml import to_toml
 from ffgym.errors import BudgetError, ConfigError, FitError, ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.models.built_in_families import Qwen3
-from ffgym.models.placement import tokens_per_batch
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE
 from ffgym.prepare.parts import load_parts, make_budget, prepare_model
@@ -157,13 +156,6 @@ def test_the_next_environment_knows_what_the_dense_model_loses(tiny_run, tmp_pat
     assert file.read_text() == known, "the store is whole, and nothing was measured again"
 
 
-def test_aligned_channels(tiny_run):
-    env = make_pruning_env(configured(tiny_run, prune={"align": 16, "sparsity": 0.4}))
-    env.reset(seed=0)
-    kept = env.step(np.linspace(-1, 1, 6).astype(np.float32))[4]["kept"]
-    assert all(k % 16 == 0 for k in kept[1::2])
-
-
 def test_one_shape_for_all_layers(tiny_run):
     env = make_pruning_env(configured(tiny_run, prune={"uniform": True, "sparsity": 0.4}))
     assert env.action_space.shape == (6,), "the action is still one importance a sublayer"
@@ -194,13 +186,6 @@ def test_what_a_stock_checkpoint_cannot_say_is_refused_before_anything_is_prepar
     config = RunConfig.model_validate({"prune": {"uniform": True, "resource": "kv"}})
     with pytest.raises(BudgetError, match=r"reachable range is 0 to 0\.0000"):
         make_budget(config, tiny_model("opt"))
-
-
-def test_plain_tables_do_as_well(tiny_run):
-    env = make_pruning_env(tiny_run, prune={"sparsity": 0.35})
-    assert env.sparsity == 0.35
-    assert env.calibrated is True
-    assert env.reward.name == "perplexity"
 
 
 def test_a_key_beside_plain_tables_wins_and_leaves_the_others(tiny_run, tmp_path):
@@ -266,11 +251,6 @@ def test_the_callers_autocast_changes_no_bit_of_an_environment_or_of_its_store(t
         assert measured(env) == expected
         assert torch.is_autocast_enabled("cpu")
     assert measured(make_pruning_env(tiny_run)) == expected
-
-
-def test_batches_are_larger_on_an_accelerator():
-    assert tokens_per_batch("cpu") == tokens_per_batch(torch.device("cpu")) == 4096
-    assert tokens_per_batch("cuda:1") == 16384
 
 
 def test_what_cannot_fit_is_refused_before_it_is_loaded(tiny_run, monkeypatch):

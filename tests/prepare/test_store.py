@@ -93,22 +93,18 @@ class TestAnotherPreparationHasAnotherStore:
     def _first(self, told: Told) -> None:
         go(told)
 
-    def test_of_another_model(self, told: Told) -> None:
-        go(told, tiny_model("llama", seed=1))
-        assert told.prepared == 2
-
-    def test_with_other_settings(self, told: Told) -> None:
-        go(told, ridge=0.1)
-        assert told.prepared == 2
-
-    def test_with_another_number_of_threads(self, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-        go(told)
-        assert told.prepared == 2
-
-    def test_with_another_version_of_transformers(self, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(transformers, "__version__", "5.99.0")
-        go(told)
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda told, patch: go(told, tiny_model("llama", seed=1)),
+            lambda told, patch: go(told, ridge=0.1),
+            lambda told, patch: patch.setattr(torch, "get_num_threads", lambda: 64) or go(told),
+            lambda told, patch: patch.setattr(transformers, "__version__", "5.99.0") or go(told),
+        ],
+        ids=["model", "settings", "number of threads", "version of transformers"],
+    )
+    def test_of_another(self, other: Any, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+        other(told, monkeypatch)
         assert told.prepared == 2
 
     def test_with_a_criterion_whose_code_has_changed(self, told: Told, tmp_path: Path) -> None:
