@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,16 +18,12 @@ from ffgym.files import FileFormat
 LINE = FileFormat("line of known losses", tuple[str, float], AssetError, "Delete the file: it is written again.")
 
 
+@dataclass(frozen=True)
 class KnownLosses:
-    """Losses of one prepared dense model by window; processes may read and add to its file at the same time.
+    """Losses of one prepared dense model by window; processes may read and add to its file at the same time."""
 
-    Args:
-        file: a line a window, its digest and its loss; lines that are damaged count as not there. ``None`` keeps
-            nothing.
-    """
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
+    # a line a window, its digest and its loss; lines that are damaged count as not there; None keeps nothing
+    file: Path | None
 
     def among(self, windows: torch.Tensor) -> dict[int, float]:
         """Those that are known, in nats per token, by place among token ids of shape (windows, length), int64."""
@@ -35,21 +32,21 @@ class KnownLosses:
 
     def add(self, windows: torch.Tensor, losses: Mapping[int, float]) -> None:
         """Write down losses by place among the windows; where that is not possible, nothing is kept."""
-        if self._file is None or not losses:
+        if self.file is None or not losses:
             return
         lines = "".join(json.dumps([_digest(windows[place]), loss]) + "\n" for place, loss in losses.items())
-        with suppress(OSError), self._file.open("ab", buffering=0) as file:
+        with suppress(OSError), self.file.open("ab", buffering=0) as file:
             file.write(lines.encode())
 
     def __len__(self) -> int:
         return len(self._read())
 
     def _read(self) -> dict[str, float]:
-        if self._file is None or not self._file.is_file():
+        if self.file is None or not self.file.is_file():
             return {}
         found: dict[str, float] = {}
         with suppress(AssetError):
-            for source, line in LINE.lines(self._file):
+            for source, line in LINE.lines(self.file):
                 with suppress(AssetError):
                     digest, loss = LINE.parse(line, source)
                     if math.isfinite(loss):

@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -80,20 +80,15 @@ class Workers:
         return 0 if is_own else 1 if self.gpus else self.threads
 
 
+@dataclass(eq=False)
 class Cluster:
-    """A connection to Ray.
+    """A connection to Ray."""
 
-    Args:
-        workers: how many workers may be started on it.
-        is_own: whether nobody else uses it.
-    """
-
-    def __init__(self, ray: Any, workers: Workers, notify: Notify, *, is_own: bool) -> None:
-        self.workers = workers
-        self._ray = ray
-        self._notify = notify
-        self._is_own = is_own
-        self._pools: list[Pool] = []
+    ray: Any  # the module
+    workers: Workers  # that may be started on it
+    notify: Notify
+    is_own: bool  # nobody else uses it
+    pools: list[Pool] = field(default_factory=list)
 
     def pool(self, make: Make, on_line: Notify = do_nothing, grace: float = 0.0) -> Pool:
         """A pool of workers, which start with the first work.
@@ -103,9 +98,9 @@ class Cluster:
             on_line: called with each line that workers print, headed by their number.
             grace: seconds that an interrupted worker may take to end its job.
         """
-        options = {"num_cpus": self.workers.cpus(is_own=self._is_own), "num_gpus": self.workers.gpus}
-        crew = RayCrew(self._ray, make, options, self.workers.threads, on_line)
-        self._pools.append(pool := Pool(crew, self.workers.count, self._notify, grace))
+        options = {"num_cpus": self.workers.cpus(is_own=self.is_own), "num_gpus": self.workers.gpus}
+        crew = RayCrew(self.ray, make, options, self.workers.threads, on_line)
+        self.pools.append(pool := Pool(crew, self.workers.count, self.notify, grace))
         return pool
 
     def executor(self, make: Callable[[], Evaluator], dense: Evaluator, dense_units: tuple[int, ...]) -> RayExecutor:
@@ -114,44 +109,39 @@ class Cluster:
 
     def close(self) -> None:
         """End all workers."""
-        for pool in self._pools:
+        for pool in self.pools:
             pool.close()
 
 
+@dataclass
 class RayExecutor:
     """An evaluator that shares requests out among workers; how many there are changes no bit of what comes back.
 
     Meanwhile, this process measures the dense model and keeps its results by window. Shared out, every worker would end
     up measuring every window.
-
-    Args:
-        pool: workers that each measure a list of requests.
-        dense: measures the dense model here.
-        dense_units: units per sublayer of the dense model.
     """
 
-    def __init__(self, pool: Pool, dense: Evaluator, dense_units: tuple[int, ...]) -> None:
-        self._pool = pool
-        self._dense = dense
-        self._dense_units = dense_units
-        self._speeds = Speeds()
+    pool: Pool  # workers that each measure a list of requests
+    dense: Evaluator  # measures the dense model here
+    dense_units: tuple[int, ...]  # of each sublayer
+    speeds: Speeds = field(default_factory=Speeds)
 
     def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
         """Measure every request, in the order asked for."""
-        dense = [request for request in requests if request.kept == self._dense_units]
-        shared = {request: parts(request) for request in requests if request.kept != self._dense_units}
+        dense = [request for request in requests if request.kept == self.dense_units]
+        shared = {request: parts(request) for request in requests if request.kept != self.dense_units}
         others = list(dict.fromkeys(chain.from_iterable(shared.values())))
         if not others:
-            return self._dense.measure(requests, on_progress)
-        with _in_background(lambda stop: self._dense.measure(dense, stop)) as measured:
-            shares = Shares(others, self._speeds)
-            self._pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
+            return self.dense.measure(requests, on_progress)
+        with _in_background(lambda stop: self.dense.measure(dense, stop)) as measured:
+            shares = Shares(others, self.speeds)
+            self.pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
             found = dict(zip(dense, measured(), strict=True))
         found |= {request: joined([shares.answers[part] for part in own]) for request, own in shared.items()}
         return [found[request] for request in requests]
 
     def _tell(self, shares: Shares, on_progress: OnShare) -> None:
-        running = sum(share.cost * self._pool.share(worker) for worker, share in shares.taken.items())
+        running = sum(share.cost * self.pool.share(worker) for worker, share in shares.taken.items())
         done = min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total)
         if done or not shares.taken:  # 0 says that nobody measures yet
             on_progress(done)
@@ -198,7 +188,7 @@ def connected(workers: Workers, notify: Notify) -> Iterator[Cluster]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ended)  # Ray's own handler would end the run without saving anything
     is_own = _BEGUN[:1] == [None]
-    cluster = Cluster(ray, workers, notify, is_own=is_own)
+    cluster = Cluster(ray, workers, notify, is_own)
     _OPEN.append(cluster)
     end = weakref.finalize(cluster, _end_use, ray, cluster)  # once: here, or in a script that never closes, at its exit
     atexit.register(end)  # comes before Ray's own, which Ray's import has registered
@@ -539,7 +529,7 @@ class _Process:
     """A worker's process: one thread does its jobs, and a second one reports how far it is."""
 
     def __init__(self) -> None:
-        self._lines: list[str] = []
+        self._lines = _Lines()
         self._lock, self._changed = threading.Lock(), threading.Event()
         self._job, self._thread, self._share, self._threads = 0, 0, 0.0, 1
 
@@ -551,12 +541,11 @@ class _Process:
             os.chdir(folder)
         torch.set_num_threads(threads)
         self._threads = threads
-        file = cast("TextIO", _Lines(self._lines.append))
         try:
-            self._do = make(Reporter(Console(file=file, force_terminal=False)))
+            self._do = make(Reporter(Console(file=cast("TextIO", self._lines), force_terminal=False)))
         except Exception as error:
-            return self._reply("failed", _portable(error))
-        return self._reply("loaded", (ray.get_runtime_context().get_node_id(), os.getpid()))
+            return "failed", _portable(error), self._lines.taken()
+        return "loaded", (ray.get_runtime_context().get_node_id(), os.getpid()), self._lines.taken()
 
     def work(self, number: int, job: Any) -> Reply:
         """Do a job; the content is the answer, or ``None`` where it was interrupted."""
@@ -577,13 +566,13 @@ class _Process:
             kind, content = "done", None
         finally:
             self._changed.set()
-        return self._reply(kind, content)
+        return kind, content, self._lines.taken()
 
     def watch(self) -> Reply:
         """Wait a moment for the job to end; the content is the share of it that is done."""
         self._changed.wait(WATCH_SECONDS)
         self._changed.clear()
-        return self._reply("share", self._share)
+        return "share", self._share, self._lines.taken()
 
     def interrupt(self, number: int) -> None:
         """Raise ``KeyboardInterrupt`` in the thread that does this job, unless it does another one by now."""
@@ -594,10 +583,6 @@ class _Process:
 
     def _advance(self, share: float) -> None:
         self._share = share
-
-    def _reply(self, kind: str, content: Any) -> Reply:
-        lines = [self._lines.pop(0) for _ in range(len(self._lines))]
-        return kind, content, lines
 
 
 def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
@@ -621,16 +606,19 @@ def _portable(error: Exception) -> Exception:
 
 
 class _Lines(io.TextIOBase):
-    """A text file that calls ``send`` with each complete line, without its end."""
+    """A text file that keeps complete lines until they are taken."""
 
-    def __init__(self, send: Callable[[str], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._send = send
+        self._lines: list[str] = []
         self._rest = ""
 
     def write(self, text: str) -> int:
-        """Take text, and send the lines that it completes."""
+        """Add text to the lines."""
         *lines, self._rest = (self._rest + text).split("\n")
-        for line in lines:
-            self._send(line)
+        self._lines += lines
         return len(text)
+
+    def taken(self) -> list[str]:
+        """The lines since the last call, which may come from another thread."""
+        return [self._lines.pop(0) for _ in range(len(self._lines))]

@@ -99,14 +99,13 @@ class Shares:
         self.taken: dict[int, _Share] = {}
         self._left = list(requests)
         self._served: set[int] = set()  # workers that have had a part of what is offered
-        self._count = len(requests)
         self._speeds = speeds
         self._losses = dict.fromkeys(requests, 0)
 
     @property
     def is_finished(self) -> bool:
         """Whether every request is answered."""
-        return len(self.answers) == self._count
+        return len(self.answers) == len(self._losses)
 
     def take(self, worker: int, alive: Set[int]) -> list[Request] | None:
         """The next share, see `Queue`."""
@@ -149,7 +148,7 @@ class Shares:
 
     def patience(self, worker: int) -> float | None:
         """Several times what a share should take, see `Queue`."""
-        expected = self._expected(self.taken[worker], self._speeds.of(worker)) if worker in self.taken else None
+        expected = self._expected(self.taken[worker], self._speeds.of(worker))
         return FIRST_PATIENCE if expected is None else max(LEAST_PATIENCE, HUNG * expected)
 
     def _fair(self, worker: int, alive: Set[int]) -> float:

@@ -69,9 +69,7 @@ class Outbox:
             return sent
 
     def __len__(self) -> int:
-        if not self.path.exists():
-            return 0
-        return self.path.read_bytes().count(b"\n")
+        return self.path.read_bytes().count(b"\n") if self.path.exists() else 0
 
     def _lock(self) -> AbstractContextManager[bool]:
         return exclusive_lock(self.path.with_suffix(".lock"), waiting=lambda: None)

@@ -64,12 +64,13 @@ def test_tiles_do_not_matter(rows, columns, dtype, random_windows, monkeypatch):
         assert wanted == pytest.approx(plain(model, windows), rel=1e-5)
 
 
-def test_the_tiles_of_a_vocabulary_make_one_distribution(random_windows, monkeypatch):
+@pytest.mark.parametrize("scale", [50, 10_000])
+def test_large_logits_in_several_tiles_make_one_distribution(scale, random_windows, monkeypatch):
     monkeypatch.setattr(perplexity, "TILE_COLUMNS", 48)  # of 128 tokens: the last tile is narrower
     model, windows = tiny_model("llama"), random_windows(4, 20)
     with torch.no_grad():
-        model.lm_head.weight.mul_(50)  # highest logits in different tiles, far apart
-    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-5)
+        model.lm_head.weight.mul_(scale)  # highest logits in different tiles, far apart
+    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 60, 10_000])
@@ -101,13 +102,6 @@ def test_a_soft_cap_and_a_head_bias_count(random_windows):
         logits = 2.0 * torch.tanh((hidden @ head.weight.T + head.bias) / 2.0)
     torch.testing.assert_close(got, cross_entropy(logits, targets, reduction="none"))
     assert got.max() < math.log(128) + 4
-
-
-def test_large_logits_do_not_overflow(random_windows):
-    model, windows = tiny_model("llama"), random_windows(2, 10)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e4)
-    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-4)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

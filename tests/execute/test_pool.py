@@ -38,6 +38,11 @@ def requests(count: int, windows: int = 1) -> list[Request]:
     return [Request((i,), tuple(range(windows))) for i in range(count)]
 
 
+def ray_crew(ray: MagicMock, cpus: int = 0) -> RayCrew:
+    ray.exceptions.RayError = type("RayError", (Exception,), {})
+    return RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": cpus, "num_gpus": 0}, 1, print)
+
+
 def update(
     crew: SleepingCrew, size: int, asked: list[Request], speeds: Speeds | None = None, said: list[str] | None = None
 ) -> Shares:
@@ -137,7 +142,7 @@ def test_a_late_worker_may_die_once_others_have_answered() -> None:
 
 
 def test_hearing_of_nobody_takes_the_time_that_it_may() -> None:
-    crew = RayCrew(MagicMock(), lambda reporter: lambda job, report: job, {}, 1, print)
+    crew = ray_crew(MagicMock())
     start = time.monotonic()
     assert crew.hear(MOMENT) == []
     assert time.monotonic() - start >= MOMENT
@@ -147,8 +152,7 @@ def test_hearing_of_nobody_takes_the_time_that_it_may() -> None:
 def test_a_lost_connection_is_one_error_and_ray_joins_no_other_cluster(is_noticed: bool) -> None:
     """Every call of a Ray that is not initialised would start or join one; its client may not have noticed yet."""
     ray = MagicMock()
-    ray.exceptions.RayError = type("RayError", (Exception,), {})
-    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": 1, "num_gpus": 0}, 1, print)
+    crew = ray_crew(ray, cpus=1)
     crew.start(0)
     crew.give(0, "job")
     ray.reset_mock()
@@ -169,12 +173,11 @@ def test_a_lost_connection_is_one_error_and_ray_joins_no_other_cluster(is_notice
 def test_a_worker_is_lost_with_the_connection_where_rays_node_of_this_machine_has_ended(is_alive: bool) -> None:
     ray = MagicMock()
     ray.util.client.ray.is_connected.return_value = False
-    ray.exceptions.RayError = type("RayError", (Exception,), {})
     ray.get_runtime_context.return_value.get_node_id.return_value = "here"
     ray.nodes.return_value = [{"NodeID": "here", "Alive": is_alive}, {"NodeID": "there", "Alive": True}]
     ray.wait.side_effect = lambda calls, **options: (calls, [])
+    crew = ray_crew(ray)
     ray.get.side_effect = ray.exceptions.RayError("The actor died unexpectedly.")
-    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": 0, "num_gpus": 0}, 1, print)
     crew.start(0)
     if is_alive:
         assert crew.shortage() == ""
@@ -193,7 +196,7 @@ def test_ray_is_asked_nothing_once_ending_a_worker_has_shown_that_the_connection
 
     ray = MagicMock()
     ray.kill.side_effect = lose
-    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {}, 1, print)
+    crew = ray_crew(ray)
     crew.start(0)
     crew.dismiss(0)
     assert str(ray.mock_calls[-1]).startswith("call.kill(")
@@ -229,7 +232,6 @@ class Late(SleepingCrew):
 
 @pytest.mark.parametrize("shortage", ["the cluster is full", ""])
 def test_what_workers_wait_for_is_told_once(shortage: str, put_forward: Callable[[float], None]) -> None:
-
     said: list[str] = []
     update(Late(put_forward, 2, shortage), 2, requests(2), said=said)
     why = ["no worker has started yet: the cluster is full; waiting for 30 min at most"] if shortage else []
@@ -266,7 +268,7 @@ def test_a_cluster_without_a_machine_is_told_from_a_full_one(is_alive: bool) -> 
     ray.wait.return_value = [], []
     ray.nodes.return_value = [{"Alive": is_alive}]
     ray.available_resources.return_value = {}
-    crew = RayCrew(ray, lambda reporter: lambda job, report: job, {"num_cpus": 1, "num_gpus": 0}, 1, print)
+    crew = ray_crew(ray, cpus=1)
     crew.start(0)
     full = "each needs 1 CPU, and the cluster has 0 CPUs free"
     assert crew.shortage() == (full if is_alive else "the cluster has no machine left")
