@@ -223,21 +223,12 @@ def factorise(shape: ModelShape, load: RunLoad) -> Operations:
     total, m = Operations(), shape.hidden
     for sublayer in shape.sublayers:
         n = sublayer.channels
-        total += _as_factor(n, 2 * n**3 / 3 + (1 if n > WIDE else 2) * m * n**2)
+        cubes = 2 * n**3 / 3
+        total += Operations(0, cubes + m * n**2) if n > WIDE else Operations(0, 0, cubes + 2 * m * n**2)
         if load.choose_ridge:
             k, rows = 3 * n // 4, min(HELD_OUT_ROWS, load.calibration_tokens)
             total += Operations(0, TRIED * (k**3 / 3 + 2 * SKETCHED * k * (k + rows)))
     return total
-
-
-def _as_factor(channels: int, operations: float) -> Operations:
-    """Operations in the precision that factors of so many channels are computed in."""
-    return Operations(0, operations) if channels > WIDE else Operations(0, 0, operations)
-
-
-def _own_products(n: float) -> float:
-    """Operations that a token's n inputs add to their second moments: blocks on and above the diagonal."""
-    return n * (n + min(n, BLOCK))
 
 
 def _products(load: RunLoad, operations: float) -> Operations:
@@ -256,10 +247,9 @@ def _load(shape: ModelShape, load: RunLoad) -> PlannedStage:
 
 def _prepare(shape: ModelShape, load: RunLoad) -> PlannedStage:
     tokens, n = load.calibration_tokens, max(shape.widest("attention"), shape.widest("mlp"))
-    products = sum(_own_products(s.channels) for s in shape.sublayers)
-    operations = (Operations(forward(shape, load, head=False)) + _products(load, products)) * tokens
+    blocks = sum(s.channels * (s.channels + min(s.channels, BLOCK)) for s in shape.sublayers)  # up to the diagonal
+    operations = (Operations(forward(shape, load, head=False)) + _products(load, blocks)) * tokens
     operations += factorise(shape, load)
-    carried = hidden_states(shape, load, tokens)
     held_out = 0
     if load.choose_ridge:
         held_out = held_out_windows(-(-tokens // load.window), load.window) * load.window
@@ -272,9 +262,9 @@ def _prepare(shape: ModelShape, load: RunLoad) -> PlannedStage:
     memory = {
         **_prepared(shape, load),
         "gradients": _at_a_time(shape, load, gradients),
-        "hidden states": carried + inputs,
+        "hidden states": hidden_states(shape, load, tokens) + inputs,
+        "moments": (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2,
     }
-    memory["moments"] = (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2
     if load.is_prepared:  # needs as much memory all the same, in case its store turns out to be damaged
         return PlannedStage("prepare", 0, Operations(), memory, store(shape, load) / LOADED_BYTES)
     return PlannedStage("prepare", tokens, operations, memory)
@@ -306,7 +296,7 @@ def _search(shape: ModelShape, load: RunLoad) -> PlannedStage:
         slopes = _slopes(shape, load)
         # One after the other: losses, the gradient at the last layer, and layer by layer back to the first.
         memory = memory | {"activations": max(0, memory["activations"] - slopes), "slopes": slopes}
-    return PlannedStage(found.name, found.tokens, found.operations + dense, memory, parts=load.parts)
+    return replace(found, operations=found.operations + dense, memory=memory, parts=load.parts)
 
 
 def _slopes(shape: ModelShape, load: RunLoad) -> int:

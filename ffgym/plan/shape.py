@@ -145,20 +145,18 @@ def shape_of(config: Any, name: str) -> ModelShape:
     Raises:
         ModelError: an unsupported architecture, or a config that no model can be made from.
     """
-    model, saved_as = skeleton_of(config, name), config.dtype
-    is_whole, config = not has_towers(config.to_dict()), _text_config(config)
-    family = family_of(model)
-    saved_as = saved_as or config.dtype
+    model, text = skeleton_of(config, name), _text_config(config)
+    family, saved_as = family_of(model), config.dtype or text.dtype
     return ModelShape(
         family.name,
         sum(parameter.numel() for parameter in model.parameters()),
-        config.hidden_size,  # an OPT may have narrower embeddings
+        text.hidden_size,  # an OPT may have narrower embeddings
         model.get_output_embeddings().weight.shape[0],
         tuple(family.sublayers(model)),
-        int(config.max_position_embeddings),
+        int(text.max_position_embeddings),
         "" if saved_as is None else str(saved_as).removeprefix("torch."),
-        has_towers=not is_whole,
-        is_quantised=getattr(config, "quantization_config", None) is not None,
+        has_towers=text is not config,
+        is_quantised=getattr(text, "quantization_config", None) is not None,
     )
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-LABELS = {"load": "load model and text"}
-
 
 def to_json(plan: Plan) -> JSONDict:
     """The plan as plain data: bytes, seconds, operations."""
@@ -74,7 +72,7 @@ def show(plan: Plan, console: Console) -> None:
 def _stages(plan: Plan) -> Table[Sequence[str]]:
     rows = [
         (
-            LABELS.get(stage.name, stage.name),
+            "load model and text" if stage.name == "load" else stage.name,
             f"{stage.tokens:,}" if stage.tokens else "",
             humane(stage.operations.total) if stage.operations.total else "",
             clock(plan.seconds(stage)),

@@ -219,10 +219,13 @@ def translated(uri: str, action: str, instead: str = INSTEAD) -> Iterator[None]:
         instead: what to do where the store stays as it is.
     """
     import_mlflow()  # sets log levels itself, so it comes first
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         with _mute():
             yield
-    except _store_errors() as error:
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         reason = _reason(error, uri)
         raise TrackingError(f"cannot {action} {shown(uri)}: {reason}", hint=_next_step(uri, reason, instead)) from error
 
@@ -239,13 +242,6 @@ def _mute() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _store_errors() -> tuple[type[Exception], ...]:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return (MlflowException, SQLAlchemyError, sqlite3.Error, OSError)
 
 
 def _reason(error: Exception, uri: str) -> str:

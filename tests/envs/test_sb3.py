@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 from stable_baselines3 import A2C
-from stable_baselines3.common.vec_env import VecEnv
 
 from ffgym.envs.sb3 import SB3VecEnv
 from ffgym.errors import ConfigError, DataError
@@ -16,15 +15,6 @@ from ffgym.testing.toys import QuadraticEnv
 
 def toy(tokens=1000, noise=0.1):
     return QuadraticEnv(num_envs=4, dimensions=6, tokens=tokens, noise=noise)
-
-
-def test_is_a_vec_env_of_single_spaces():
-    env = SB3VecEnv(toy())
-    assert isinstance(env, VecEnv)
-    assert env.num_envs == 4
-    assert env.action_space == toy().single_action_space
-    assert env.observation_space == toy().single_observation_space
-    assert repr(env) == f"SB3VecEnv({env.env!r})"
 
 
 def test_rewards_and_observations_are_those_of_the_vector_environment():

@@ -77,7 +77,7 @@ def test_a_staircase_climbs_in_equal_steps():
 
 
 def test_without_ramps_it_is_the_full_task_from_the_start():
-    assert Schedule(0.2, 4).stage(0.0) == Schedule(0.2, 4).stage(1.0)
+    assert Schedule(0.2, 4).stage(0.0) == Schedule(0.2, 4).stage(1.0) == Schedule(0.2, 4).stage(0.0, place=0.25)
     assert Schedule(0.2, 4).stage(0.0).windows == 4
 
 
@@ -91,10 +91,6 @@ def test_fidelity_may_rise_over_a_range():
     schedule = Schedule(0.5, 4, fidelity="cubic", low=0.1)
     assert [schedule.stage(spent, 0.5).windows for spent in (0.0, 0.4, 0.5)] == [1, 3, 4]
     assert schedule.stage(0.0, 0.5).sparsity == pytest.approx(0.3)
-
-
-def test_a_single_target_has_no_place():
-    assert Schedule(0.5, 4).stage(0.0, 0.25) == Schedule(0.5, 4).stage(0.0)
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(2, 200))

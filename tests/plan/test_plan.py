@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,9 @@ LOAD = RunLoad(
     episodes_per_update=8,
 )
 
+LAYER = (Sublayer(0, "attention", units=1, channels_per_unit=64), Sublayer(0, "mlp", units=64, channels_per_unit=1))
+ONE_LAYER = ModelShape("llama", parameters=0, hidden=64, vocabulary=1, sublayers=LAYER, context_limit=4096)
+
 
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +88,21 @@ def planned(shape: ModelShape, *, free: float = 1e12, **changes: Any) -> Plan:
 
 def call(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def as_json(*arguments: str) -> dict[str, Any]:
+    result = call(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def stages_of(*arguments: str) -> dict[str, dict[str, Any]]:
+    return {stage["stage"]: stage for stage in as_json(*arguments)["stages"]}
+
+
+def two_layers(place: Path, **changes: Any) -> str:
+    """A folder with nothing but the config of a small Llama."""
+    return str(folder_of(LLAMA_8B | {"num_hidden_layers": 2} | changes, place))
 
 
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
@@ -148,17 +167,15 @@ def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> N
 def test_workers_shorten_a_search_by_the_parts_of_its_updates(
     groups: int, arguments: tuple[str, ...], shares: list[tuple[float, int]], tmp_path: Path
 ) -> None:
-    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2, "num_key_value_heads": groups}, tmp_path))
+    folder = two_layers(tmp_path, num_key_value_heads=groups)
     settings = ("model.dtype=bfloat16", "search.episodes_per_update=16", "search.random_baseline=false")
     given = [each for one in settings for each in ("--set", one)]
 
     def seconds(workers: int) -> float:
         """Of the search, in seconds of the report, which no worker shortens."""
         many = ("--workers", str(workers), "--ray-address", "auto")
-        result = call(folder, *given, *many, *arguments, "--json")
-        assert result.exit_code == 0, result.output
-        taken = {stage["stage"]: stage["seconds"] for stage in json.loads(result.stdout)["stages"]}
-        return float(taken["search"] / taken["report"])
+        taken = stages_of(folder, *given, *many, *arguments)
+        return float(taken["search"]["seconds"] / taken["report"]["seconds"])
 
     # Of 16 parts, the busiest of 6 workers takes 3.
     assert seconds(6) / seconds(1) == pytest.approx(
@@ -167,8 +184,9 @@ def test_workers_shorten_a_search_by_the_parts_of_its_updates(
 
 
 def test_a_search_that_workers_shorten_less_is_expected_to_take_longer(tmp_path: Path) -> None:
-    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
-    config = load_config(model={"name": folder, "dtype": "bfloat16"}, workers={"count": 8, "ray_address": "auto"})
+    config = load_config(
+        model={"name": two_layers(tmp_path), "dtype": "bfloat16"}, workers={"count": 8, "ray_address": "auto"}
+    )
     plan = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
     seconds = {step.label: step.seconds for step in planned_steps(config, plan)}
     assert seconds["search: reinforce"] > 2 * seconds["search: random"]
@@ -177,9 +195,7 @@ def test_a_search_that_workers_shorten_less_is_expected_to_take_longer(tmp_path:
 
 
 def test_a_plan_may_come_before_the_run_whose_policy_it_names(tmp_path: Path) -> None:
-    folder = folder_of(LLAMA_8B, tmp_path / "model")
-    done = call(str(folder), "--init-from", str(tmp_path / "not-run-yet"), "--json")
-    assert done.exit_code == 0, done.output
+    as_json(two_layers(tmp_path / "model"), "--init-from", str(tmp_path / "not-run-yet"))
 
 
 def test_a_model_that_is_named_twice_is_refused(tmp_path: Path) -> None:
@@ -187,8 +203,7 @@ def test_a_model_that_is_named_twice_is_refused(tmp_path: Path) -> None:
     done = call(folder, "--model", "another")
     assert (done.exit_code, "--model already" in done.stderr) == (2, True)
     (tmp_path / "mine.toml").write_text('[model]\nname = "another"\n')
-    done = call(folder, "--config", str(tmp_path / "mine.toml"), "--json")
-    assert done.exit_code == 0, done.output
+    as_json(folder, "--config", str(tmp_path / "mine.toml"))
 
 
 def test_what_cannot_fit_is_refused_with_what_it_needs_what_is_free_and_what_helps(eight_billion: ModelShape) -> None:
@@ -252,17 +267,13 @@ def test_the_speed_is_of_the_tokens_that_run(monkeypatch: pytest.MonkeyPatch) ->
     """Only whole windows run: with a clock that goes on by a second a look, one of 3,000 tokens in a second."""
     clock = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
-    layer = (Sublayer(0, "attention", units=1, channels_per_unit=64), Sublayer(0, "mlp", units=64, channels_per_unit=1))
-    shape = ModelShape("llama", parameters=0, hidden=64, vocabulary=1, sublayers=layer, context_limit=4096)
     weights, attention = 4 * 64 * 64 + 3 * 64 * 64, 3000 * 64
-    assert measure_speed(shape, torch.float32, CPU, 3000).model == 3000 * 2 * (weights + attention)
+    assert measure_speed(ONE_LAYER, torch.float32, CPU, 3000).model == 3000 * 2 * (weights + attention)
 
 
 def test_the_probe_leaves_the_callers_random_numbers_alone() -> None:
-    layer = (Sublayer(0, "attention", units=1, channels_per_unit=64), Sublayer(0, "mlp", units=64, channels_per_unit=1))
-    shape = ModelShape("llama", parameters=0, hidden=64, vocabulary=1, sublayers=layer, context_limit=4096)
     state = torch.get_rng_state()
-    measure_speed(shape, torch.float32, CPU, 64)
+    measure_speed(ONE_LAYER, torch.float32, CPU, 64)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -294,10 +305,7 @@ def test_a_control_group_leaves_its_limit_less_what_others_hold(
 
 
 def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> None:
-    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-    result = call("--model", str(folder), "--set", "model.dtype=bfloat16", "--json")
-    assert result.exit_code == 0, result.output
-    plan = json.loads(result.stdout)
+    plan = as_json("--model", two_layers(tmp_path), "--set", "model.dtype=bfloat16")
     assert plan["family"] == "llama"
     assert plan["texts"]["search"] == "demo:c4"
     assert plan["peak"] == max(stage["peak"] for stage in plan["stages"])
@@ -307,14 +315,13 @@ def test_the_command_plans_a_folder_that_holds_only_a_config(tmp_path: Path) -> 
 
 
 def test_a_text_that_is_not_there_is_refused_as_a_run_does(tmp_path: Path) -> None:
-    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-    result = call(str(folder), "--set", "data.search=nowhere.txt")
+    result = call(two_layers(tmp_path), "--set", "data.search=nowhere.txt")
     assert result.exit_code == 1
     assert "corpus file or folder 'nowhere.txt' does not exist" in result.stderr
 
 
 def test_every_point_of_a_range_is_planned_at_its_own_sparsity(tmp_path: Path) -> None:
-    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
+    folder = two_layers(tmp_path)
 
     def plan(sparsity: Any, **output: Any) -> Plan:
         model = {"name": folder, "dtype": "bfloat16", "device": "cpu"}
@@ -338,33 +345,24 @@ def test_every_point_of_a_range_is_planned_at_its_own_sparsity(tmp_path: Path) -
 
 
 def test_a_saved_model_is_planned_no_wider_than_its_checkpoint(tmp_path: Path) -> None:
-    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2, "dtype": "bfloat16"}, tmp_path)
     sizes = [
-        json.loads(call(str(folder), "--set", f"model.dtype={dtype}", "--json").stdout)["sizes"]["saved_model_on_disk"]
+        as_json(two_layers(tmp_path), "--set", f"model.dtype={dtype}")["sizes"]["saved_model_on_disk"]
         for dtype in ("float32", "bfloat16")
     ]
     assert sizes[0] == sizes[1] > 0
 
 
 def test_finals_of_several_recommendations_are_planned_with_more_tokens(tmp_path: Path) -> None:
-    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-
     def finals(agent: str) -> int:
         settings = ["model.dtype=bfloat16", f"agent.name={agent}", "search.random_baseline=false"]
-        result = call(str(folder), *(each for one in settings for each in ("--set", one)), "--json")
-        assert result.exit_code == 0, result.output
-        return {each["stage"]: each["tokens"] for each in json.loads(result.stdout)["stages"]}["finals"]
+        given = (each for one in settings for each in ("--set", one))
+        return int(stages_of(two_layers(tmp_path), *given)["finals"]["tokens"])
 
     assert finals("reinforce") == pytest.approx(finals("pathwise") + 2.5 * 16_384, rel=0.05)
 
 
 def test_rewards_with_examples_have_longer_episodes_and_finals(tmp_path: Path) -> None:
-    folder = str(folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path))
-
-    def stages(*arguments: str) -> dict[str, dict[str, Any]]:
-        result = call(folder, "--set", "model.dtype=bfloat16", *arguments, "--json")
-        assert result.exit_code == 0, result.output
-        return {stage["stage"]: stage for stage in json.loads(result.stdout)["stages"]}
+    stages = partial(stages_of, two_layers(tmp_path), "--set", "model.dtype=bfloat16")
 
     one = stages()
     weighed = stages("--reward", "multi-objective", "--set", "reward.accuracy=0", "--set", "reward.resource=kv")
@@ -380,8 +378,7 @@ def test_rewards_with_examples_have_longer_episodes_and_finals(tmp_path: Path) -
 def test_the_table_says_what_every_stage_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("mine.txt").write_text("some words")
-    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-    result = call(str(folder), "--set", "model.dtype=bfloat16", "--set", 'data.search=["demo:c4", "mine.txt"]')
+    result = call(two_layers(tmp_path), "--set", "model.dtype=bfloat16", "--set", 'data.search=["demo:c4", "mine.txt"]')
     assert result.exit_code == 0, result.output
     assert "Text: calibration demo:c4, search 50% demo:c4 + 50% mine.txt, report" in result.stdout
     for word in ("prepare", "search", "finals", "report", "refit factors", "prepared model on disk", "are free"):
@@ -397,7 +394,7 @@ def test_the_table_says_what_every_stage_needs(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_what_no_run_would_take_is_refused(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    result = call(str(folder_of(LLAMA_8B | {"num_hidden_layers": 1}, tmp_path)), *arguments)
+    result = call(two_layers(tmp_path), *arguments)
     assert result.exit_code == 1
     assert said in result.output
 
@@ -408,7 +405,7 @@ def test_the_table_says_which_disk_is_too_small(tmp_path: Path, monkeypatch: pyt
     large.mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12 if path == large else 10))
     sizes = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 8}
-    plan = (str(folder_of(LLAMA_8B | sizes, tmp_path / "model")), "--set", "model.dtype=float32")
+    plan = (two_layers(tmp_path / "model", **sizes), "--set", "model.dtype=float32")
     said = " ".join(call(*plan).output.split())
     for word in ("set FFGYM_CACHE to a folder", "all other prepared models would go", "give `ffgym run` a folder"):
         assert word in said
@@ -418,7 +415,7 @@ def test_the_table_says_which_disk_is_too_small(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_config_of_no_layers_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
-    result = call(str(folder_of(LLAMA_8B | {"num_hidden_layers": 0}, tmp_path)))
+    result = call(two_layers(tmp_path, num_hidden_layers=0))
     assert "num_hidden_layers = 0, not 1 to 10,000" in result.output
 
 
@@ -439,13 +436,13 @@ class TestPlacement:
     ) -> None:
         folder = str(folder_of(LLAMA_8B, tmp_path))
         assert said in call(folder, *STREAMED, *arguments).output
-        assert not json.loads(call(folder, *arguments, "--json").stdout)["advice"].count("stream=")
+        assert "stream=" not in as_json(folder, *arguments)["advice"]
 
     def test_a_quantised_checkpoint_is_not_streamed(self, tmp_path: Path) -> None:
         codes = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
         folder = str(folder_of(LLAMA_8B | {"quantization_config": codes}, tmp_path))
         assert "a quantised checkpoint is dequantised as a whole" in call(folder, *STREAMED).output
-        assert not json.loads(call(folder, "--json").stdout)["advice"].count("stream=")
+        assert "stream=" not in as_json(folder)["advice"]
 
     def test_nothing_is_streamed_where_the_cache_may_hold_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -501,6 +498,5 @@ def test_what_a_latency_run_would_refuse_is_refused(
 
 
 def test_a_latency_table_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    folder = folder_of(LLAMA_8B | {"num_hidden_layers": 2}, tmp_path)
-    done = call(str(folder), "--resource", "latency", "--latency-table", str(tmp_path / "nope.json"))
+    done = call(two_layers(tmp_path), "--resource", "latency", "--latency-table", str(tmp_path / "nope.json"))
     assert (done.exit_code, "nope.json" in done.stderr) == (1, True), done.output
