@@ -110,10 +110,7 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
     With ``render_mode = "rgb_array"``, ``render`` draws what the last episode kept.
 
     Args:
-        prunable: the prepared model.
-        reward: judges an episode.
         windows: search split, token ids, shape (windows, length), int64.
-        budget: what an allocation may cost.
         sparsity: default target.
         episode_windows: windows of an episode at full fidelity.
         reserved: how many of ``windows``, the last ones, are not drawn for rewards: the finals are measured on them.

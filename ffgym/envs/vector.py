@@ -46,7 +46,6 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` episodes an update.
 
     Args:
-        env: the stationary task.
         schedule: sparsity and fidelity over the token budget, or over episodes.
         num_envs: episodes per update.
         token_budget: tokens that the search may evaluate, 1 or more.

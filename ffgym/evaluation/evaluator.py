@@ -63,20 +63,13 @@ class Evaluator(Protocol):
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """What goes through the model at once: windows of text, or examples that are padded to one length."""
+class _Pass:
+    """A batch through the model cut to an allocation: windows of text, or examples that are padded to one length."""
 
     indices: tuple[int, ...]
-    examples: bool = False
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A batch through the model cut to an allocation, and the divergences to compute at its end."""
-
-    batch: _Batch
     kept: tuple[int, ...]
-    divergences: frozenset[str] = frozenset()
+    divergences: frozenset[str] = frozenset()  # to compute at its end
+    examples: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class ModelEvaluator:
         self._tokens_per_batch = tokens_per_batch
         self._known = KnownLosses(known)
         self._dense = {
-            _Pass(_Batch((index,)), prunable.dense_units): torch.tensor([[loss]], dtype=torch.float64)
+            _Pass((index,), prunable.dense_units): torch.tensor([[loss]], dtype=torch.float64)
             for index, loss in self._known.among(windows).items()
         }
         # Of windows on which a divergence was asked for: final hidden states of the dense model, from which its
@@ -147,7 +140,7 @@ class ModelEvaluator:
             with torch.inference_mode():
                 read = self._run(passes, compared, advance)
             for request, own in sloped.items():
-                states: list[dict[_Batch, torch.Tensor]] = []
+                states: list[dict[tuple[int, ...], torch.Tensor]] = []
                 with torch.no_grad():  # no inference tensors: the graphs of slopes begin with the states
                     read |= self._run(own, compared, advance, states)
                 slopes[request] = self._slopes(request, own, states)
@@ -169,7 +162,7 @@ class ModelEvaluator:
         size = 1 if one_by_one else max(1, self._tokens_per_batch // self._length)
         divergences = frozenset[str]() if dense else request.needs & DIVERGENCES
         starts = range(0, len(request.windows), size)
-        return [_Pass(_Batch(request.windows[i : i + size]), request.kept, divergences) for i in starts]
+        return [_Pass(request.windows[i : i + size], request.kept, divergences) for i in starts]
 
     def _of_examples(self, request: Request) -> list[_Pass]:
         if "accuracy" not in request.needs:
@@ -179,41 +172,41 @@ class ModelEvaluator:
         if self._is_dense(request.kept):
             places = [[place] for place in range(len(asked))]
         indices = [tuple(request.examples[place] for place in own) for own in places]
-        return [_Pass(_Batch(own, examples=True), request.kept) for own in indices]
+        return [_Pass(own, request.kept, examples=True) for own in indices]
 
     def _is_dense(self, kept: tuple[int, ...]) -> bool:
         return kept == self._prunable.dense_units
 
     def _is_known(self, each: _Pass, compared: Set[int]) -> bool:
         """Whether it is a pass of the dense model whose results are known, with hidden states where they are needed."""
-        hidden = set[int]() if each.batch.examples else compared & set(each.batch.indices)
+        hidden = set[int]() if each.examples else compared & set(each.indices)
         return each in self._dense and self._dense_hidden.keys() >= hidden
 
     def _tokens(self, each: _Pass) -> int:
-        if each.batch.examples:
-            return sum(self._examples[i].tokens for i in each.batch.indices)
-        return len(each.batch.indices) * self._length
+        if each.examples:
+            return sum(self._examples[i].tokens for i in each.indices)
+        return len(each.indices) * self._length
 
     def _run(
         self,
         passes: Sequence[_Pass],
         compared: Set[int],
         advance: Callable[[float], None],
-        states: list[dict[_Batch, torch.Tensor]] | None = None,
+        states: list[dict[tuple[int, ...], torch.Tensor]] | None = None,
     ) -> dict[_Pass, torch.Tensor]:
         """Results by pass: losses and divergences, shape (1 or 3, windows), or what is right, (1, examples).
 
         All that are known of the dense model are among them. ``states`` is given the hidden states of every batch
-        before each layer and behind the last one; the passes are those of one request then.
+        before each layer and behind the last one, by windows; the passes are those of one request then.
         """
         tokens, depth = sum(map(self._tokens, passes)), len(self._prunable.halves) // 2
-        own: dict[_Batch, list[_Pass]] = {}
+        together: dict[tuple[tuple[int, ...], bool], list[_Pass]] = {}
         for each in passes:
-            own.setdefault(each.batch, []).append(each)
-        streams = [self._entered(batch, tuple(members)) for batch, members in own.items()]
+            together.setdefault((each.indices, each.examples), []).append(each)
+        streams = [self._entered(tuple(members)) for members in together.values()]
         for layer in range(depth + 1):
             if states is not None:
-                states.append({stream.passes[0].batch: stream.hidden for stream in streams})
+                states.append({stream.passes[0].indices: stream.hidden for stream in streams})
             if layer < depth:
                 streams = self._through(layer, streams)
                 advance((1 - self._head_share) * tokens / depth)
@@ -227,10 +220,10 @@ class ModelEvaluator:
         return read
 
     def _slopes(
-        self, request: Request, passes: Sequence[_Pass], states: list[dict[_Batch, torch.Tensor]]
+        self, request: Request, passes: Sequence[_Pass], states: list[dict[tuple[int, ...], torch.Tensor]]
     ) -> tuple[np.ndarray, ...]:
         """Slopes of every sublayer's units, given the states of a request's passes, each of one window."""
-        by_window = [[layer[each.batch] for each in passes] for layer in states]
+        by_window = [[layer[each.indices] for each in passes] for layer in states]
         states.clear()
         objectives = None
         if request.slopes_of in DIVERGENCES:
@@ -246,12 +239,13 @@ class ModelEvaluator:
         )
         return mean_slopes(found)
 
-    def _entered(self, batch: _Batch, passes: tuple[_Pass, ...]) -> _Stream:
-        if batch.examples:
-            asked = padded(self._model, [self._examples[i] for i in batch.indices])
+    def _entered(self, passes: tuple[_Pass, ...]) -> _Stream:
+        indices = list(passes[0].indices)
+        if passes[0].examples:
+            asked = padded(self._model, [self._examples[i] for i in indices])
             entry = self._walk.enter(asked.ids, asked.mask, asked.positions)
             return _Stream(entry, entry.hidden, passes, asked)
-        entry = self._walk.enter(self._windows[list(batch.indices)])
+        entry = self._walk.enter(self._windows[indices])
         return _Stream(entry, entry.hidden, passes)
 
     def _through(self, layer: int, streams: Sequence[_Stream]) -> list[_Stream]:
@@ -288,11 +282,13 @@ class ModelEvaluator:
             if not row.isfinite().all():
                 broken += 1
                 continue
-            if stream.asked is None and each not in self._dense:
-                found[each.batch.indices[0]] = row.item()
+            if not each.examples:
+                (index,) = each.indices
+                if each not in self._dense:
+                    found[index] = row.item()
+                if index in compared:
+                    self._dense_hidden[index] = last[0, :-1].cpu()
             self._dense[each] = row
-            if stream.asked is None:
-                self._dense_hidden |= {i: last[0, :-1].cpu() for i in each.batch.indices if i in compared}
         self._known.add(self._windows, found)
         if broken:
             raise ModelError(
@@ -310,7 +306,7 @@ class ModelEvaluator:
         read = {}
         for each in stream.passes:
             if each.divergences:
-                dense = torch.stack([self._dense_hidden[i] for i in each.batch.indices])
+                dense = torch.stack([self._dense_hidden[i] for i in each.indices])
                 read[each] = window_divergences(self._model, hidden, dense, targets, each.divergences)
             else:
                 read[each] = window_losses(self._model, hidden, targets)[None]
@@ -324,7 +320,7 @@ class ModelEvaluator:
         if "accuracy" in request.needs and request.examples:
             right: dict[int, bool] = {}
             for each in self._of_examples(request):
-                right.update(zip(each.batch.indices, read[each][0].tolist(), strict=True))
+                right.update(zip(each.indices, read[each][0].tolist(), strict=True))
             accuracy = task_accuracy(
                 [self._examples[i] for i in request.examples], [right[i] for i in request.examples]
             )
