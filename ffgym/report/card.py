@@ -20,6 +20,7 @@ UNITS: dict[Kind, str] = {
     "mlp": "MLP: intermediate channels",
     "experts": "experts",
 }
+HALVES: dict[Kind, str] = {"attention": "attention", "mlp": "MLP sublayers", "experts": "experts"}
 
 LOAD_CODE = """\
 from transformers import {loader}, AutoTokenizer
@@ -118,18 +119,11 @@ def stated_license(card: Path) -> dict[str, str]:
 
 
 def loading(*, stock: bool, towers: bool = False) -> str:
-    """Show the code that loads a saved model.
-
-    Args:
-        stock: transformers' own classes do.
-        towers: the model is saved with what it was taken out of.
-    """
+    """Show the code that loads a saved model: by transformers' own classes, or with other towers around it."""
     explanation = [STOCK] if stock else [UNEVEN] if towers else [UNEVEN, REGISTERED]
-    code = LOAD_CODE.format(
-        loader="AutoModelForImageTextToText" if towers else "AutoModelForCausalLM",
-        folder="path/to/this/folder",
-        options="" if stock else ", trust_remote_code=True",
-    )
+    loader = "AutoModelForImageTextToText" if towers else "AutoModelForCausalLM"
+    options = "" if stock else ", trust_remote_code=True"
+    code = LOAD_CODE.format(loader=loader, folder="path/to/this/folder", options=options)
     return "\n".join([f"```python\n{code}\n```\n", *explanation, *([TOWERS] if towers else [])])
 
 
@@ -142,9 +136,8 @@ def _summary(
     dense: Row,
 ) -> str:
     """Say what the model is, and what the pruning cost."""
-    others = {"mlp": "MLP sublayers", "experts": "experts"}
     there = {sublayer.kind for sublayer in sublayers}
-    halves = " and ".join(["attention", *(name for kind, name in others.items() if kind in there)])
+    halves = " and ".join(name for kind, name in HALVES.items() if kind in there)
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a dense language model"
     return (
         f"This is {origin} with {allocation.sparsity:.1%} of the {quantity} of its {halves} removed, by structured "

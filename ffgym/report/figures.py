@@ -73,13 +73,15 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
         sublayers: 2L sublayers, in the order of ``Allocation.kept``.
         allocations: by label; the first is the found one and drawn as bars, the others as lines for reference.
     """
-    kinds = _kinds(sublayers)
+    kinds = _by_kind(sublayers)
     figure = new_figure(width=9.0, height=2.6 * len(kinds))
     panels = figure.subplots(len(kinds), 1, sharex=True, sharey=True)
-    for axes, kind in zip(panels, kinds, strict=True):
-        indices = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
+    for axes, (kind, indices) in zip(panels, kinds.items(), strict=True):
         layers = [sublayers[index].layer for index in indices]
         name, units = UNIT_NAMES[kind]
+        counts = f"{min(sublayers[index].units for index in indices):,}"
+        if (most := f"{max(sublayers[index].units for index in indices):,}") != counts:
+            counts += f" to {most}"
         for number, (label, allocation) in enumerate(allocations.items()):
             shares = [100 * allocation.kept[index] / sublayers[index].units for index in indices]
             if number == 0:
@@ -92,7 +94,7 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
                 places = [layer + offset for layer in layers]
                 axes.plot(places, shares, **line, linewidth=0.8, alpha=0.55)
                 axes.plot(places, shares, **points, label=label)
-        axes.set_title(f"{name}: {_unit_count(sublayers, indices)} {units} in every layer", fontsize=10, loc="left")
+        axes.set_title(f"{name}: {counts} {units} in every layer", fontsize=10, loc="left")
         axes.set_ylabel(f"{units}\nkept (%)")
         axes.set_ylim(0, 108)
         axes.set_yticks(range(0, 101, 25))
@@ -107,38 +109,27 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
     return figure
 
 
-def _unit_count(sublayers: Sequence[Sublayer], indices: Sequence[int]) -> str:
-    """Say how many units the dense sublayers have: one number, or the range."""
-    units = sorted({sublayers[index].units for index in indices})
-    return f"{units[0]:,}" if len(units) == 1 else f"{units[0]:,} to {units[-1]:,}"
-
-
 def _kept_title(sublayers: Sequence[Sublayer], found: Allocation) -> str:
     """Say in numbers what the found allocation does."""
     shares = []
-    for kind in _kinds(sublayers):
-        pairs = [
-            (kept, sublayer.units)
-            for kept, sublayer in zip(found.kept, sublayers, strict=True)
-            if sublayer.kind == kind
-        ]
-        share = sum(kept for kept, _ in pairs) / sum(units for _, units in pairs)
-        shares.append(SHARES_KEPT[kind].format(share))
+    for kind, indices in _by_kind(sublayers).items():
+        kept, units = sum(found.kept[index] for index in indices), sum(sublayers[index].units for index in indices)
+        shares.append(SHARES_KEPT[kind].format(kept / units))
     return f"Found at {found.sparsity:.1%} sparsity ({found.resource}): {', '.join(shares)}"
 
 
-def _kinds(sublayers: Sequence[Sublayer]) -> list[Kind]:
-    """The kinds of sublayers that a model has."""
-    return [kind for kind in UNIT_NAMES if any(sublayer.kind == kind for sublayer in sublayers)]
+def _by_kind(sublayers: Sequence[Sublayer]) -> dict[Kind, list[int]]:
+    """The kinds of sublayers that a model has, and the indices of those of each."""
+    kinds = (kind for kind in UNIT_NAMES if any(sublayer.kind == kind for sublayer in sublayers))
+    return {kind: [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind] for kind in kinds}
 
 
 @default_style()
 def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> Figure:
     """Draw rewards over the tokens evaluated so far: every episode faint, a mean over several updates strong.
 
-    Hard text lowers all rewards of its update, so that the mean of a single one says little. Where the schedule moves,
-    a second panel shows the target. Under a range of budgets, where every update has a target of its own, each has its
-    own mean, and no line joins them. Failed episodes are crosses on the lower edge and stay out of the means. Dots far
+    Hard text lowers all rewards of its update, so that the mean of a single one says little. Under a range of budgets,
+    where every update has a target of its own, each has its own mean. Failed episodes stay out of the means. Dots far
     below those of the first search are left out: they would flatten it.
 
     Args:
@@ -193,16 +184,9 @@ def _draw_rewards(
     # Not clipped: half a dot on the lower edge could be taken for a cross.
     axes.scatter(tokens[dots], values[dots], s=14, color=colour, alpha=0.5, linewidths=0, zorder=2, clip_on=False)
     # The y of a failed episode is the reward's "worst", which may lie far below: the lower edge stands for it.
-    axes.scatter(
-        tokens[~drawn],
-        np.full(int((~drawn).sum()), 0.02),
-        marker="x",
-        s=24,
-        color=colour,
-        linewidths=1.2,
-        transform=axes.get_xaxis_transform(),
-        zorder=3,
-    )
+    edge: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "zorder": 3}
+    failed = tokens[~drawn]
+    axes.scatter(failed, np.full(len(failed), 0.02), marker="x", s=24, color=colour, linewidths=1.2, **edge)
     middles = np.unique(updates[drawn])
     xs = [tokens[drawn & (updates == update)].mean() for update in middles]
     means = [values[drawn & (abs(updates - update) <= around)].mean() for update in middles]
@@ -220,12 +204,11 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
     updates = np.array([episode.update for episode in history])
     shares = 100 * np.array([e.kept for e in history]) / np.array([sublayer.units for sublayer in sublayers])
     means = np.array([shares[updates == update].mean(axis=0) for update in np.unique(updates)])
-    kinds = _kinds(sublayers)
+    kinds = _by_kind(sublayers)
     figure = new_figure(width=9.0, height=3.0 * len(kinds))
     panels = figure.subplots(len(kinds), 1, sharex=True)
-    for axes, kind in zip(panels, kinds, strict=True):
+    for axes, (kind, rows) in zip(panels, kinds.items(), strict=True):
         name, units = UNIT_NAMES[kind]
-        rows = [index for index, sublayer in enumerate(sublayers) if sublayer.kind == kind]
         # In cividis lightness rises evenly, so it reads the same in grey and to colour-blind readers.
         image = axes.imshow(means[:, rows].T, aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
         if np.ptp(means[:, rows]) == 0:  # a scale around a single value would go beyond 100 %
@@ -245,14 +228,8 @@ def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> Non
     for number, history in enumerate(searches.values()):
         targets = [100 * episode.target_sparsity for episode in history]
         colour = SERIES[number % len(SERIES)]["color"]
-        axes.plot(
-            [0, *_tokens_so_far(history)],
-            [targets[0], *targets],
-            color=colour,
-            linewidth=1.8,
-            linestyle="-" if number == 0 else "--",
-            drawstyle="steps-pre",
-        )
+        look = {"color": colour, "linestyle": "-" if number == 0 else "--", "linewidth": 1.8}
+        axes.plot([0, *_tokens_so_far(history)], [targets[0], *targets], drawstyle="steps-pre", **look)
     axes.set_ylabel("target\nsparsity (%)")
     axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
