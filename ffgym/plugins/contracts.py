@@ -1,6 +1,7 @@
 """Calls plugins and checks that they keep their contract: shape, finiteness, range.
 
-A broken contract is a `PluginError` that names the plugin, its package, and what was wrong.
+A broken contract, an exception and ``sys.exit`` become a `PluginError` that names the plugin, its package, and what was
+wrong.
 """
 
 from __future__ import annotations
@@ -37,13 +38,9 @@ CALL_ON_UPDATE = "Call on_update(ffgym.Update(index, rewards)) once after every 
 
 
 def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, sublayer: Sublayer) -> torch.Tensor:
-    """Let a criterion score the consumer of a sublayer.
-
-    Returns:
-        shape (m, n) elements or (n,) channels as the criterion returned them, float32 or float64, finite, no gradient.
+    """A criterion's scores of a consumer: shape (m, n) or (n,), float32 or float64, finite, without a gradient.
 
     Raises:
-        PluginError: it raised, or returned something else.
         ModelError: the weight is not finite, and so no score can be.
     """
     import torch
@@ -73,14 +70,7 @@ def check_scores(criterion: Criterion, weight: torch.Tensor, stats: LayerStats, 
 
 
 def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) -> np.ndarray:
-    """Let a heuristic give its importances for 2L views.
-
-    Returns:
-        shape (2L,), float32, in [-1, 1].
-
-    Raises:
-        PluginError: it raised, or returned something else.
-    """
+    """A heuristic's importances for 2L views, shape (2L,), float32, in [-1, 1]."""
     import numpy as np
     import torch
 
@@ -107,11 +97,7 @@ def check_importance(heuristic: Heuristic, sublayers: Sequence[SublayerView]) ->
 
 
 def check_reward(reward: Reward, pruned: Evaluation, dense: Evaluation) -> float:
-    """Let a reward compare two models whose losses are finite.
-
-    Raises:
-        PluginError: it raised, or returned something that is not a finite number, or less than its ``worst``.
-    """
+    """What a reward gives two models whose losses are finite: a finite number, at least its ``worst``."""
     value = call_plugin(reward, lambda: reward(pruned, dense), "computing a reward")
     try:
         number = as_number(value)
@@ -141,14 +127,7 @@ def as_number(value: Any) -> float:
 def check_objectives(
     reward: Reward, pruned: Evaluation, dense: Evaluation, *, names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Let a reward name its objectives for two models whose losses are finite.
-
-    Args:
-        names: the names that it gave before; ``None`` the first time.
-
-    Raises:
-        PluginError: it raised, returned something that is not finite numbers by name, or changed the names.
-    """
+    """A reward's objectives, by the names that it gave before, for two models whose losses are finite."""
     answer = call_plugin(reward, lambda: reward.objectives(pruned, dense), "naming its objectives")
     try:
         numbers = {str(name): as_number(value) for name, value in answer.items()}
@@ -168,9 +147,7 @@ def check_objectives(
 def check_actions(actions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The actions of an update as float32; raises ``ValueError`` for another shape, NaN, or values outside [-1, 1].
 
-    Args:
-        actions: what an agent passed to ``step``.
-        shape: (episodes of an update, 2L); there may be fewer episodes, at least one.
+    The shape is (episodes of an update, 2L); there may be fewer episodes, at least one.
     """
     import numpy as np
 
@@ -184,14 +161,7 @@ def check_actions(actions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int) -> list[np.ndarray]:
-    """Let an agent recommend importances for ``sublayers`` sublayers.
-
-    Returns:
-        importances, each of shape (2L,), float32, in [-1, 1].
-
-    Raises:
-        PluginError: it raised, or recommends something else.
-    """
+    """An agent's recommendations, each of shape (2L,), float32, in [-1, 1]."""
     import numpy as np
 
     proposals = call_plugin(agent, lambda: agent.recommend(observation), "recommending importances")
@@ -202,11 +172,7 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
 
 
 def check_state(agent: Agent) -> JSONDict:
-    """Let an agent give its state, as plain data, arrays as lists; an empty one where it has none.
-
-    Raises:
-        PluginError: it raised, or the state holds something that JSON cannot.
-    """
+    """An agent's state as plain data, arrays as lists; an empty one where it has none."""
     state: Any = call_plugin(agent, agent.state, "giving its state")
     state = {} if state is None else state
     if not isinstance(state, dict):
@@ -219,11 +185,7 @@ def check_state(agent: Agent) -> JSONDict:
 
 
 def update_episodes(agent: Agent, episodes_per_update: int) -> tuple[int, int]:
-    """How many episodes an agent's updates have, and what one costs in episodes without slopes.
-
-    Raises:
-        PluginError: it raised, or says something else than whole numbers from 1.
-    """
+    """How many episodes an agent's updates have, and what one costs in episodes without slopes."""
 
     def asked(method: str) -> int:
         call: Callable[[], Any] = partial(getattr(agent, method), episodes_per_update)
@@ -236,11 +198,7 @@ def update_episodes(agent: Agent, episodes_per_update: int) -> tuple[int, int]:
 
 
 def check_update(agent: Agent, update: Update, episodes: int) -> None:
-    """Raise ``PluginError`` where an agent reports no ``Update``, or its diagnostics cannot be logged.
-
-    Args:
-        episodes: how many there were since the last report.
-    """
+    """Refuse what is no ``Update`` of so many episodes, and diagnostics that cannot be logged."""
     import numpy as np
 
     where = described(agent)
@@ -269,14 +227,7 @@ def check_update(agent: Agent, update: Update, episodes: int) -> None:
 
 
 def call_plugin(plugin: Plugin, call: Callable[[], Result], doing: str) -> Result:
-    """What a call into a plugin returns.
-
-    Args:
-        doing: for the message.
-
-    Raises:
-        PluginError: it raised, or called ``sys.exit``; an error that a built-in raises on purpose stays as it is.
-    """
+    """What a call into a plugin returns; an error that a built-in raises on purpose stays as it is."""
     try:
         return call()
     except FFGymError as error:

@@ -161,16 +161,10 @@ def clash(offer: Offer) -> str | None:
 
 
 def place_of(error: BaseException, package: str) -> str:
-    """Where something failed: the last line of a package that was running.
+    """Where something failed, ``"/path/my_plugin.py, line 12"``: the last line of a module's package that was running.
 
     Where none was, because ffgym refuses what the package returned, the file; of a file that could not be imported, the
     last line of all.
-
-    Args:
-        package: the name of a module within it.
-
-    Returns:
-        ``"/path/my_plugin.py, line 12"``.
     """
     calls = [call for call in traceback.walk_tb(error.__traceback__) if "<frozen" not in call[0].f_code.co_filename]
     own = [call for call in calls if _top_level(str(call[0].f_globals.get("__name__"))) == _top_level(package)]

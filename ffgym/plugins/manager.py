@@ -45,11 +45,7 @@ def records() -> list[PluginRecord]:
 
 
 def traceback_of(name: str) -> str:
-    """Where the entry points of a name failed while they were loaded, as Python prints it.
-
-    Raises:
-        UnknownNameError: no entry point has the name.
-    """
+    """Where the entry points of a name failed while they were loaded, as Python prints it."""
     plugins = discovery.load(name=name)
     if not plugins:
         raise UnknownNameError("plugin", name, {entry.name for entry in discovery.entries()})

@@ -28,14 +28,7 @@ OPTIONS: dict[NewKind, str] = {
 
 
 def write_package(kind: NewKind, name: str, parent: Path) -> Path:
-    """Write a package that installs, passes its conformance test and runs.
-
-    Args:
-        name: of the plugin; the package is called ``ffgym-NAME``.
-        parent: where its folder is made.
-
-    Returns:
-        the folder.
+    """Write the package ``ffgym-NAME``, which installs, passes its conformance test and runs; returns its folder.
 
     Raises:
         OutputError: the folder exists, or cannot be written.
@@ -47,15 +40,8 @@ def write_package(kind: NewKind, name: str, parent: Path) -> Path:
     folder = parent / package
     if folder.exists():
         raise OutputError(f"{folder} exists already", hint="Choose another name, or another folder with --output.")
-    words = {
-        "kind": kind,
-        "name": name,
-        "package": package,
-        "module": module,
-        "base": kind.capitalize(),
-        "cls": cls,
-        "option": OPTIONS[kind],
-    }
+    words = {"kind": kind, "name": name, "package": package, "module": module, "base": kind.capitalize(), "cls": cls}
+    words["option"] = OPTIONS[kind]
     places = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",
