@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -14,9 +15,7 @@ from ffgym.errors import ConfigError
 def config_error(error: ValidationError, model: type[BaseModel], table: str = "") -> ConfigError:
     """Say a pydantic error in the words of the TOML: table, key, value, and what was expected.
 
-    Args:
-        model: `RunConfig`, or a plugin's ``Config``.
-        table: the table that ``model`` validates; empty for `RunConfig`, which finds it itself.
+    The table is the one that a plugin's ``Config`` validates; of `RunConfig` every error names its own.
     """
     problems: dict[str, list[str]] = {}
     hints: list[str] = []
@@ -55,13 +54,8 @@ def _explain(kind: str, message: str, value: Any, owner: type[BaseModel], table:
         near = homes if owner is RunConfig or len(homes) == 1 else []  # the table is missing or wrong
         near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         guess = f"Did you mean {near[0]!r}?" if near else ""
-        kind_of_key = "key" if table else "table or key"
-        return (
-            f"unknown {kind_of_key} {key!r} in {place}",
-            "",
-            guess,
-            f"Known in {place}: {', '.join(known) or 'none'}.",
-        )
+        unknown = f"unknown {'key' if table else 'table or key'} {key!r} in {place}"
+        return unknown, "", guess, f"Known in {place}: {', '.join(known) or 'none'}."
     if kind == "missing":
         hint = f"Write `{key} = ...` under {place}, or give a run --set {full_key}=VALUE." if table else ""
         return f"{place} needs a value for {key!r}", "", hint
@@ -77,7 +71,5 @@ def _explain(kind: str, message: str, value: Any, owner: type[BaseModel], table:
         return f"{full_key} = {shown}: ", "needs at least one entry", described
     if kind == "string_pattern_mismatch":
         return f"{full_key} = {shown}: ", "has none of the allowed forms", described
-    expected = (
-        message.removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
-    )
+    expected = re.sub("(Input|String) should", "should", message.removeprefix("Value error, "))
     return f"{full_key} = {shown}: ", expected, described

@@ -142,6 +142,9 @@ class DataTable(Strict):
         return self
 
 
+NO_SPARSITY = "should be a valid number, or two for a range of budgets, e.g. '0.1:0.5'"
+
+
 def _sparsity(value: Any) -> float | str:
     """A share in (0, 1), or two of them as ``"low:high"``, written in one way."""
     if not isinstance(value, str):
@@ -150,7 +153,7 @@ def _sparsity(value: Any) -> float | str:
     try:
         low, high = (round(float(end), 6) for end in ends)
     except ValueError:
-        raise ValueError("should be a valid number, or two for a range of budgets, e.g. '0.1:0.5'") from None
+        raise ValueError(NO_SPARSITY) from None
     _share(low)
     _share(high)
     if low == high:
@@ -162,7 +165,7 @@ def _sparsity(value: Any) -> float | str:
 
 def _share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("should be a valid number, or two for a range of budgets, e.g. '0.1:0.5'")
+        raise ValueError(NO_SPARSITY)
     if not math.isfinite(value):
         raise ValueError("should be a finite number")
     if value <= 0:
@@ -388,10 +391,9 @@ class RunConfig(Strict):
     def _tables_agree(self) -> RunConfig:
         """Refuse combinations of tables that cannot run."""
         data, search, schedule = self.data, self.search, self.schedule
-        _at_least("data.calibration_tokens", data.calibration_tokens, "one window: data.window", data.window)
-        _at_least("data.report_tokens", data.report_tokens, "one window: data.window", data.window)
-        _at_least("search.episode_tokens", search.episode_tokens, "one window: data.window", data.window)
-        _at_least("search.final_tokens", search.final_tokens, "one window: data.window", data.window)
+        for key in ("data.calibration_tokens", "data.report_tokens", "search.episode_tokens", "search.final_tokens"):
+            table, _, name = key.partition(".")
+            _at_least(key, getattr(getattr(self, table), name), "one window: data.window", data.window)
         both = search.episode_tokens + search.final_tokens
         _at_least("data.search_tokens", data.search_tokens, "search.episode_tokens + search.final_tokens", both)
         if schedule.sparsity != "none" and not self.prune.is_range:

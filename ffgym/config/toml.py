@@ -83,14 +83,10 @@ def to_toml(config: RunConfig, meanings: Mapping[str, Mapping[str, str]] | None 
     for line in tomli_w.dumps(plain).rstrip("\n").split("\n"):  # and at nothing else that a value may hold
         if header := re.fullmatch(r"\[(.+)\]", line):
             table_name = header[1]
-        option = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0])
-        lines.append(line + (f"  # {_one_line(option)}" if option else _comment(table_name, line)))
+        said = (meanings or {}).get(table_name, {}).get(line.partition(" = ")[0]) or _meaning(table_name, line)
+        comment = "".join(sign for sign in " ".join(said.split()) if sign.isprintable())  # all that TOML takes
+        lines.append(f"{line}  # {comment}" if said else line)
     return "\n".join(lines) + "\n"
-
-
-def _one_line(text: str) -> str:
-    """What a comment in TOML may hold."""
-    return "".join(sign for sign in " ".join(text.split()) if sign.isprintable())
 
 
 def settings(config: RunConfig) -> JSONDict:
@@ -149,15 +145,15 @@ def flatten(tables: Mapping[str, Any], prefix: str = "") -> JSONDict:
     return flat
 
 
-def _comment(table: str, line: str) -> str:
+def _meaning(table: str, line: str) -> str:
     key = line.partition(" = ")[0]
     if table and table not in RunConfig.model_fields:  # a nested table of a plugin's options
         return ""
     owner = table_model(table) if table else RunConfig
     if line == f"[{table}]":
-        return f"  # {(owner.__doc__ or '').strip().splitlines()[0]}"
+        return (owner.__doc__ or "").strip().splitlines()[0]
     field = owner.model_fields.get(key)
-    return f"  # {field.description}" if field is not None and field.description else ""
+    return "" if field is None else field.description or ""
 
 
 def read_toml(path: Path) -> JSONDict:
@@ -169,22 +165,17 @@ def read_toml(path: Path) -> JSONDict:
 
 def parsed_overrides(overrides: Sequence[str]) -> JSONDict:
     """``["prune.sparsity=0.3"]`` -> ``{"prune": {"sparsity": 0.3}}``; the last word on a key wins."""
-    nested: JSONDict = {}
+    tables: JSONDict = {}
     for text in overrides:
-        nested = _merged(nested, _parse_override(text))
-    return nested
-
-
-def _parse_override(text: str) -> JSONDict:
-    """``"prune.sparsity=0.3"`` -> ``{"prune": {"sparsity": 0.3}}``."""
-    dotted, equals, literal = text.partition("=")
-    keys = [key.strip() for key in dotted.split(".")]
-    if not equals or not all(keys):
-        raise ConfigError(f"cannot read --set {text!r}", hint="Write --set KEY=VALUE.")
-    nested: Any = _parse_literal(literal.strip())
-    for key in reversed(keys):
-        nested = {key: nested}
-    return dict(nested)
+        dotted, equals, literal = text.partition("=")
+        keys = [key.strip() for key in dotted.split(".")]
+        if not equals or not all(keys):
+            raise ConfigError(f"cannot read --set {text!r}", hint="Write --set KEY=VALUE.")
+        nested: Any = _parse_literal(literal.strip())
+        for key in reversed(keys):
+            nested = {key: nested}
+        tables = _merged(tables, nested)
+    return tables
 
 
 def _parse_literal(text: str) -> Any:
@@ -227,12 +218,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
 
 
 def layered(below: JSONDict, above: JSONDict) -> JSONDict:
-    """The tables ``above`` on top of those ``below``, without the options of plugins that ``above`` replaces by others.
-
-    Args:
-        below: tables of a configuration, e.g. of its file.
-        above: tables that win over them, e.g. of the command line.
-    """
+    """The tables ``above`` on top of those ``below``, without options of plugins that ``above`` replaces by others."""
     kept = dict(below)
     for table in PLUGIN_TABLES:
         replaced, given, model = below.get(table), above.get(table), table_model(table)
