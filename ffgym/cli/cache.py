@@ -44,14 +44,9 @@ def cache(
     if as_json:
         print_json([asdict(entry) for entry in found])
         return
-    rows = [
-        (
-            entry.kind,
-            entry.path.name,
-            humane(entry.bytes, "B"),
-            f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}",
-        )
-        for entry in found
-    ]
-    print_columns([("kind", "name", "size", "last used"), *rows])
+    rows = [("kind", "name", "size", "last used")]
+    for entry in found:
+        used = f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}"
+        rows.append((entry.kind, entry.path.name, humane(entry.bytes, "B"), used))
+    print_columns(rows)
     typer.echo(f"{humane(sum(entry.bytes for entry in found), 'B')} in {cache_dir()}", err=True)

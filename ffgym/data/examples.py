@@ -64,12 +64,7 @@ PROMPTS: Mapping[str, Prompt] = {"arc_easy": _arc, "arc_challenge": _arc, "openb
 
 
 def check_search_tasks(tasks: Sequence[str]) -> None:
-    """Refuse tasks that a search cannot be rewarded on; fetches nothing.
-
-    Raises:
-        UnknownNameError: no such task; names the near match and the list.
-        ConfigError: named twice.
-    """
+    """Refuse tasks that a search cannot be rewarded on; fetches nothing."""
     for task in tasks:
         if task not in PROMPTS:
             raise UnknownNameError("multiple-choice task", task, PROMPTS)

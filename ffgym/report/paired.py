@@ -24,15 +24,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """How much worse one model is than another, in nats per token; below 0 it is better.
+    """How much worse one model is than another, in nats per token; below 0 it is better."""
 
-    Attributes:
-        mean: of the differences.
-        margin: half the width of its 95 % interval; infinite for a single window.
-    """
-
-    mean: float
-    margin: float
+    mean: float  # of the differences
+    margin: float  # half the width of its 95 % interval; infinite for a single window
 
     @property
     def is_tie(self) -> bool:
