@@ -165,11 +165,7 @@ class CellRunner:
                 path.unlink(missing_ok=True)
 
     def _result(
-        self,
-        cell: Cell,
-        task: Task,
-        found: SearchResult,
-        noted: Sequence[tuple[int, Allocation]],
+        self, cell: Cell, task: Task, found: SearchResult, noted: Sequence[tuple[int, Allocation]]
     ) -> CellResult:
         known: dict[tuple[int, ...], Evaluation] = {}
         with self._reporter.stage("report split", len(noted) + 2 + cell.plain) as stage:
@@ -239,15 +235,14 @@ def _measured_digest(task: Task) -> str | None:
 
 def _log_name(cell: Cell, task: Task) -> str:
     """Name of the log of a cell's search: everything that decides an episode's bits."""
-    policy, measured = policy_digest(cell.config), _measured_digest(task)
     parts = [cell.key, task.loaded.dtype_name]  # "auto" may mean another dtype in the next sitting
     parts += [
         f"{torch.get_num_threads()}threads",
-        *([policy] if policy else []),
-        *([measured[:16]] if measured else []),
+        policy_digest(cell.config) or "",
+        (_measured_digest(task) or "")[:16],
     ]
     parts += [f"{table}{edition}" for table, edition in configured.editions(cell.config).items()]
-    return f"{'-'.join(parts)}.jsonl"
+    return f"{'-'.join(filter(None, parts))}.jsonl"
 
 
 def write_result(path: Path, result: CellResult) -> None:

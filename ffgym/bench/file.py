@@ -108,8 +108,8 @@ def read_bench(file: Path) -> Bench:
     for key, values in lists.items():
         if len(set(values)) < len(values):
             raise ConfigError(f"{file}: {key} = {values} names one of them twice", hint="Name each once.")
-    for table in ("variants", "more_seeds"):
-        if unused := sorted(set(getattr(spec, table)) - set(spec.agents)):
+    for table, labels in (("variants", spec.variants), ("more_seeds", spec.more_seeds)):
+        if unused := sorted(set(labels) - set(spec.agents)):
             raise ConfigError(
                 f"{file}: {table} has {', '.join(map(repr, unused))}, which agents does not name",
                 hint=f"Named in agents: {', '.join(spec.agents)}.",

@@ -16,11 +16,7 @@ from ffgym.report.page import Page
 
 
 def bench_page(file: Path) -> Page:
-    """The page about the results of a bench so far; its table and picture are written again.
-
-    Raises:
-        DataError: it has no results yet.
-    """
+    """The page about the results of a bench so far; its table and picture are written again."""
     read = read_bench(file)
     tables = bench([file], progress=Console(quiet=True), only_report=True)
     command = f"ffgym bench {shlex.quote(str(file))}"

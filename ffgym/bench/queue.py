@@ -32,14 +32,11 @@ def compute(
 ) -> None:
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 
-    Args:
-        parents: MLflow run of each bench file; ``None`` where tracking is off.
-        cluster: whose workers compute, one cell each; this process alone where there is none.
+    The parents are the MLflow runs of the bench files. Without a cluster this process computes alone.
     """
     queue = CellQueue(cells, parents, reporter)
     if cluster is not None:
-        pool = cluster.pool(in_worker, reporter.print, SECONDS_TO_END)
-        pool.work(queue, len(cells))
+        cluster.pool(in_worker, reporter.print, SECONDS_TO_END).work(queue, len(cells))
         return
     runner = CellRunner(reporter)
     while (job := queue.take(0)) is not None:

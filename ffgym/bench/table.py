@@ -193,11 +193,7 @@ def _tokens_to(baseline: str) -> Column[BenchRow]:
 
 
 def bench_table(title: str, results: Sequence[CellResult], *, baselines: Sequence[str]) -> BenchTable:
-    """Summarise cells by label.
-
-    Args:
-        baselines: labels whose final quality the tokens are counted to; those without results are left out.
-    """
+    """Summarise cells by label; baselines without results are left out."""
     groups: dict[str, list[CellResult]] = defaultdict(list)
     for result in results:
         groups[result.label].append(result)

@@ -19,11 +19,7 @@ from ffgym.tracking.store import fetch_artifact
 
 
 def make_agent(config: RunConfig) -> Agent:
-    """The agent of a run, started from another run's policy where ``search.init_from`` names one.
-
-    Raises:
-        ConfigError: no such agent, options or policy, or no prior where it needs one.
-    """
+    """The agent of a run, started from another run's policy where ``search.init_from`` names one."""
     agent: Agent = manager.create("agent", config.agent.name, config.agent.options)
     if agent.needs_prior and config.prior.name == "none":
         raise ConfigError(

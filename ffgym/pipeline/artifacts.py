@@ -84,17 +84,18 @@ def write_found(
 def allocation_json(found: SearchResult) -> JSONDict:
     """What ``allocation.json`` holds: units kept per sublayer, and where the search found them."""
     best = found.best
-    data = {
-        "kept": list(best.allocation.kept),
-        "importance": [round(float(a), 6) for a in best.importance],
-        "resource": best.allocation.resource,
-        "sparsity": best.allocation.sparsity,
-        "origin": best.origin,
-        "finals_loss": best.loss,
-        "finals_dense_loss": found.dense_loss,
-        "episodes": len(found.history),
-    }
-    return strict(data)
+    return strict(
+        {
+            "kept": list(best.allocation.kept),
+            "importance": [round(float(a), 6) for a in best.importance],
+            "resource": best.allocation.resource,
+            "sparsity": best.allocation.sparsity,
+            "origin": best.origin,
+            "finals_loss": best.loss,
+            "finals_dense_loss": found.dense_loss,
+            "episodes": len(found.history),
+        }
+    )
 
 
 def write_pictures(
@@ -105,9 +106,7 @@ def write_pictures(
 ) -> None:
     """``units_kept.png``, of a search ``reward.png`` and, if it had several updates, ``allocations.png``.
 
-    Args:
-        allocations: to draw over depth, by label.
-        searches: by agent, the run's own first.
+    The run's own allocation and search come first.
     """
     sublayers = task.prepared.prunable.sublayers
     units_kept_figure(sublayers, allocations, folder / "units_kept.png")
@@ -117,9 +116,8 @@ def write_pictures(
     reward_figure(histories, folder / "reward.png")
     (label, history), *_ = histories.items()
     if history[-1].update > 0:
-        allocations_figure(
-            sublayers, history, f"What {label} kept in the course of its search", folder / "allocations.png"
-        )
+        title = f"What {label} kept in the course of its search"
+        allocations_figure(sublayers, history, title, folder / "allocations.png")
 
 
 def description(table: ReportTable, saved: SavedModel | None) -> str:
@@ -163,13 +161,8 @@ def write_front(
 def log_splits(tracker: Tracker, splits: Splits) -> None:
     """The three splits as MLflow datasets, with their digests."""
     for split in (splits.calibration, splits.search, splits.report):
-        tracker.log_dataset(
-            name=split.name,
-            context=split.role,
-            digest=split.digest,
-            corpus=split.text,
-            tokens=split.windows.numel(),
-        )
+        tokens = split.windows.numel()
+        tracker.log_dataset(name=split.name, context=split.role, digest=split.digest, corpus=split.text, tokens=tokens)
 
 
 def run_tags(task: Task) -> dict[str, str]:

@@ -33,10 +33,7 @@ REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
     "uniform": ("uniform", {}),
     "mlp-first": ("mlp-first", {"spare_first": 3, "spare_last": 1}),
 }
-UNIFORM_REFERENCES: Mapping[str, tuple[str, JSONDict]] = {
-    "uniform": ("uniform", {}),
-    "mlp-first": ("mlp-first", {"spare_first": 0, "spare_last": 0}),
-}
+UNIFORM_REFERENCES = {**REFERENCES, "mlp-first": ("mlp-first", {"spare_first": 0, "spare_last": 0})}
 DEMO_LICENSE = {"license": "apache-2.0"}
 DEMO_CAVEAT = "The dense model is a dequantised Q4_1 file, not the original weights: compare within the table"
 
@@ -80,12 +77,7 @@ def compared_rows(
     reporter: Reporter,
     dense: Row | None = None,
 ) -> list[Row]:
-    """The rows that come before the result: the dense model, every reference, the found allocation cut plainly.
-
-    Args:
-        heuristics: what the found allocation is compared with, by label; measured after the same refit.
-        dense: the dense model's row where it has been measured.
-    """
+    """The rows that come before the result: the dense model, every reference, the found allocation cut plainly."""
     refitted = refit_name(task.config)
     rows = [measured_row(task, "dense", reporter) if dense is None else dense]
     for label, allocation in {**heuristics, **random}.items():
@@ -100,30 +92,21 @@ def compared_rows(
 def with_result(
     task: Task, rows: list[Row], found: SearchResult, reporter: Reporter, model: Path
 ) -> tuple[ReportTable, SavedModel | None]:
-    """The rows and the refitted result, which is saved.
-
-    Returns:
-        the whole table, and the checkpoint, or ``None`` where none is wanted.
-    """
+    """The table of the rows and the refitted result, and the checkpoint of that where one is wanted."""
     config, kept, refitted = task.config, found.best.allocation.kept, refit_name(task.config)
     with cut_to(task, kept):
         label = f"{found_name(config)} + {refitted}"
         row = measured_row(task, label, reporter, refit=refitted, is_found=True)
         heuristics = heuristic_allocations(task)
+        same = [f"{rule} + {refitted}" for rule, other in heuristics.items() if other.kept == tuple(kept)]
         row = replace(
             row,
             note=_ahead(task, [*rows, row], heuristics, kept),
-            same_as=_same_as(heuristics, kept, refitted) if config.searches else "",
+            same_as=same[0] if same and config.searches else "",
             is_heuristic=not config.searches,
             is_saved=config.output.save_model,
         )
         return _saved(task, found, [*rows, row], model)
-
-
-def _same_as(heuristics: Mapping[str, Allocation], kept: Sequence[int], refitted: str) -> str:
-    """Label of the heuristic's row that keeps these units; empty where none does."""
-    labels = (label for label, allocation in heuristics.items() if allocation.kept == tuple(kept))
-    return next((f"{label} + {refitted}" for label in labels), "")
 
 
 def _ahead(task: Task, rows: Sequence[Row], heuristics: Mapping[str, Allocation], kept: Sequence[int]) -> str:
@@ -164,15 +147,17 @@ def _ahead(task: Task, rows: Sequence[Row], heuristics: Mapping[str, Allocation]
 
 def target_model_folder(config: RunConfig, folder: Path, target: float) -> Path:
     """``model``, or ``model-0.20`` where the model of every point is saved."""
-    if not config.output.save_all:
-        return folder / "model"
-    return folder / f"model-{point_name(target)}"
+    return folder / (f"model-{point_name(target)}" if config.output.save_all else "model")
 
 
 def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunConfig, measured_in: str) -> ReportTable:
     """The table, whose rows were measured in a dtype, with one more: the saved refit after training."""
     before, method = table.saved, config.recover.method
-    other = f"; measured in {recovered.dtype}, in which it was trained" if recovered.dtype != measured_in else ""
+    note = f"training did not lower the held-out loss and was undone: the weights of {before.label}"
+    if recovered.is_kept:
+        note = f"trained after the final calibration, saved in {recovered.saved.path.name}/"
+    if recovered.dtype != measured_in:
+        note += f"; measured in {recovered.dtype}, in which it was trained"
     row = replace(
         before,
         label=f"{before.label} + {method}",
@@ -182,12 +167,7 @@ def with_recovered(table: ReportTable, recovered: RecoveredModel, config: RunCon
         refit=f"{before.refit} + {method}",
         is_heuristic=False,
         is_saved=recovered.is_kept,
-        note=(
-            f"trained after the final calibration, saved in {recovered.saved.path.name}/"
-            if recovered.is_kept
-            else f"training did not lower the held-out loss and was undone: the weights of {before.label}"
-        )
-        + other,
+        note=note,
     )
     return replace(table, rows=(*table.rows, row))
 

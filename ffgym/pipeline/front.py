@@ -26,9 +26,7 @@ def finish_front(
 ) -> Front:
     """Measure every point of a front and the rules on the report split; save the models that are wanted.
 
-    Args:
-        points: what was found at every target.
-        table: of the main target, which is not measured again.
+    The main target's table is there already.
     """
     config, name, refitted = task.config, found_name(task.config), refit_name(task.config)
     measured = []

@@ -25,12 +25,7 @@ from ffgym.search.finals import expected_tokens
 
 
 def plan_run(config: RunConfig, agent: Agent) -> Plan:
-    """What a run needs of this machine.
-
-    Raises:
-        BudgetError: the sparsity is out of reach.
-        ModelError: the model's architecture is not supported, or its config is missing or damaged.
-    """
+    """What a run needs of this machine; a sparsity that is out of reach is refused."""
     search, window = config.search, config.data.window
     needs = needs_of(asked_rules(config))
     plan = plan_of(config, needs)

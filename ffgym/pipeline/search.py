@@ -35,11 +35,7 @@ class Searched:
 
 
 def search(task: Task, agent: Agent, session: Session) -> Searched:
-    """Let the agent search, then measure random allocations for as many tokens, where the run compares with them.
-
-    Raises:
-        SearchInterrupted: Ctrl-C; what was found so far is written.
-    """
+    """Let the agent search, then measure random allocations for as many tokens, where the run compares with them."""
     config, tracker, folder = task.config, session.tracker, session.folder
     give_prior(agent, task)
     tracker.set_tags(run_tags(task))
@@ -92,7 +88,6 @@ def tracked_search(
         label: of the stage that progress shows.
         log: of the episodes; what it holds is not measured again.
         prefix: what MLflow's names of the metrics begin with.
-        on_episode, on_update: called after each.
     """
     config, env = task.config, task.env
     settings = SearchSettings(config.search.episodes, config.search.episodes_per_update, config.search.finalists)
@@ -107,9 +102,6 @@ def tracked_search(
     total = settings.episodes * size + finals * len(config.targets)
     with progress.stage(label, total, "tokens") as stage:
 
-        def on_finals(share: float) -> None:
-            stage.partly(share * finals)
-
         def episode_done(episode: Episode) -> None:
             on_episode(episode)
             stage.advance(episode.tokens, f"reward {episode.reward:.3f}", is_known=episode.index < earlier)
@@ -118,9 +110,6 @@ def tracked_search(
         def update_done(episodes: Sequence[Episode], update: Update) -> None:
             on_update()
             tracker.log_update(update, episodes[-1].index, search=prefix)
-
-        def on_point(found: SearchResult) -> None:
-            stage.advance(finals, f"finals at {percent(found.target)} done")
 
         return search_front(
             env,
@@ -132,9 +121,9 @@ def tracked_search(
             log=log,
             on_episode=episode_done,
             on_update=update_done,
-            on_point=on_point,
+            on_point=lambda found: stage.advance(finals, f"finals at {percent(found.target)} done"),
             on_progress=stage.partly,
-            on_finals=on_finals,
+            on_finals=lambda share: stage.partly(share * finals),
         )
 
 

@@ -38,9 +38,6 @@ class Session:
         Args:
             config: with all options of its plugins.
             resumed: folder of an earlier session, reopened; ``None`` for a new run.
-
-        Raises:
-            OutputError: a folder that is occupied, locked or not writable; nothing in it has changed.
         """
         place = RunFolder.claim(config) if resumed is None else RunFolder(resumed, resumed=True)
         table = config.tracking
@@ -79,9 +76,6 @@ class Session:
         """Take over the folder, now that model and text have been loaded, and record what they are.
 
         An earlier run's results are cleared here and not before: a run that cannot load its model must not delete them.
-
-        Raises:
-            OutputError: the run was begun with other weights or text: its episodes cannot be reused.
         """
         inputs = {
             "model weights": task.prepared.weights,

@@ -69,23 +69,14 @@ def run(
 
 
 def settle(config: RunConfig) -> RunConfig:
-    """Let a heuristic stand in for an agent, check that the agent fits, and spell out all options of plugins.
-
-    Raises:
-        ConfigError: an agent that cannot do what the run asks of it, see :func:`configured.check_agent_fits`.
-        PluginError, UnknownNameError: as `manager.create`.
-    """
+    """Let a heuristic stand in for an agent, check that the agent fits, and spell out all options of plugins."""
     config = configured.resolve_agent(config)
     configured.check_agent_fits(config)
     return configured.with_options(config)
 
 
 def check_plugins(config: RunConfig) -> None:
-    """Create the plugins of a settled configuration once, so that what they refuse fails before anything is loaded.
-
-    Raises:
-        FFGymError: as `manager.create`, `make_reward` and `check_method`.
-    """
+    """Create the plugins of a settled configuration once, so that what they refuse fails before anything is loaded."""
     from ffgym.prepare.parts import make_reward  # torch
     from ffgym.recover.recover import check_method
 

@@ -35,12 +35,7 @@ class StoredRun:
 
 
 def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
-    """A run as its user names it: by its folder, or by what `ffgym.tracking.runs.find_run` takes.
-
-    Raises:
-        TrackingError: no such run, a deleted run, or several.
-        OutputError: its folder is gone, holds no run, or is damaged.
-    """
+    """A run as its user names it: by its folder, or by what `ffgym.tracking.runs.find_run` takes."""
     folder = Path(text).expanduser()
     if not folder.is_dir():
         found = find_run(root, text, experiment)
@@ -97,12 +92,7 @@ def _check_rows(rows: Sequence[Row], form: FileFormat[Any], path: Path) -> None:
 
 
 def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
-    """Put finished runs side by side; the others are compared with the first one.
-
-    Raises:
-        OutputError: a run that is not finished.
-        DataError: one run twice, or runs that were not measured on the same windows.
-    """
+    """Put finished runs side by side; refuse one that is named twice, and runs measured on different windows."""
     for one, other in combinations(runs, 2):
         if one.folder == other.folder:
             raise DataError(f"{one.folder} is named twice", hint="Name each run once.")

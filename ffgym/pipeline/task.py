@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,6 @@ def open_task(
     Args:
         heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
         recorded: folder of the run, where it goes on: what it has measured before is not measured again.
-        cluster: whose workers measure; this process alone where left out.
     """
     with reporter.stage(LOADING, 1):
         loaded, splits = load_parts(config)
@@ -105,9 +105,7 @@ def open_task(
     costs = _costs(config, loaded.model, reporter, recorded)
     budget = make_budget(config, loaded.model, costs)
     prepared = prepare_model(config, loaded, splits.calibration.windows, keep=needs, reporter=reporter)
-    executor = None
-    if cluster is not None:
-        executor = shared_executor(cluster, config, loaded, prepared, splits, needs)
+    executor = None if cluster is None else shared_executor(cluster, config, loaded, prepared, splits, needs)
     env = build_env(config, prepared, splits.search.windows, budget, loaded, costs=costs, executor=executor)
     return Task(config, loaded, splits, prepared, env, SizeMeter(prepared.prunable, costs), costs, executor)
 
@@ -128,9 +126,9 @@ def _costs(config: RunConfig, model: Any, reporter: Reporter, recorded: Path | N
 
 def at_target(task: Task, target: float) -> Task:
     """The task at one sparsity: a point of a front as a run at a single target would see it."""
-    if not task.config.prune.is_range:
-        return task
     config = task.config
+    if not config.prune.is_range:
+        return task
     prune = config.prune.model_copy(update={"sparsity": target})
     output = config.output.model_copy(update={"save_at": None, "save_all": False})
     return with_config(task, config.model_copy(update={"prune": prune, "output": output}))
@@ -147,11 +145,7 @@ def with_config(task: Task, config: RunConfig) -> Task:
 
 
 def give_prior(agent: Agent, task: Task) -> None:
-    """Tell an agent where to start, and under a range of budgets between which ends.
-
-    Raises:
-        ConfigError: it was started from a policy for other sublayers than the model has.
-    """
+    """Tell an agent where to start, and under a range of budgets between which ends."""
     prune, prior = task.config.prune, task.config.prior
     names = tuple(sublayer.name for sublayer in task.prepared.prunable.sublayers)
     if agent.policy_sublayers not in (None, names):
@@ -161,16 +155,13 @@ def give_prior(agent: Agent, task: Task) -> None:
             f"{len(names)}, {names[0]} to {names[-1]}",
             hint="Start from a run on a model of the same depth, or leave --init-from out.",
         )
-    if prune.is_range:
-        agent.budgets = prune.ends
     if prior.name != "none":
         agent.prior_mean = task.prior(prior.name, prior.options)
-        if prune.is_range:
-            low, high = prune.ends
-            agent.prior_ends = (
-                task.prior(prior.name, prior.options, low),
-                task.prior(prior.name, prior.options, high),
-            )
+    if prune.is_range:
+        low, high = agent.budgets = prune.ends
+        if prior.name != "none":
+            prior_at = partial(task.prior, prior.name, prior.options)
+            agent.prior_ends = prior_at(low), prior_at(high)
 
 
 @contextmanager
