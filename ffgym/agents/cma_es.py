@@ -61,11 +61,16 @@ class CMAES(BatchAgent):
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior, or from the mean of the state that was loaded, with the first step size."""
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
-        self._start = mean = prior if self._start is None else self._start
+        self._start = prior if self._start is None else self._start
         self._means = []
         self._seed = seed
         self._batch = batch
-        self._optimizer = self._made(mean, batch)
+        covariance = None
+        if self.config.smooth:
+            shared = depth_covariance(dimensions, smooth=self.config.smooth)
+            covariance = shared + SMALLEST_VARIANCE * np.eye(dimensions)  # which has to have an inverse
+        start = np.clip(self._start, -1.0, 1.0).astype(np.float64)
+        self._optimizer = CMA(mean=start, sigma=SIGMA, population_size=batch, cov=covariance)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """Sample a generation, shape (batch, 2L), float32."""
@@ -99,11 +104,3 @@ class CMAES(BatchAgent):
     def _settled(self) -> np.ndarray | None:
         """The recommended mean before it is clipped, shape (2L,), float64; ``None`` before there is any."""
         return tail_mean(self._means, self.config.average) if self._means else self._start
-
-    def _made(self, mean: np.ndarray, batch: int) -> Any:
-        covariance = None
-        if self.config.smooth:
-            shared = depth_covariance(len(mean), smooth=self.config.smooth)
-            covariance = shared + SMALLEST_VARIANCE * np.eye(len(mean))  # which has to have an inverse
-        start = np.clip(mean, -1.0, 1.0).astype(np.float64)
-        return CMA(mean=start, sigma=SIGMA, population_size=batch, cov=covariance)

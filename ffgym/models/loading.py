@@ -267,10 +267,8 @@ def load_config(folder: Path) -> Any:
     """The config of a folder that holds a language model, without its weights.
 
     Raises:
-        ModelError: a folder that is missing or lacks a part, a config that cannot be read, or one of several towers.
+        ModelError: a folder that lacks a part, a config that cannot be read, or one of several towers.
     """
-    if not folder.is_dir():
-        raise ModelError(f"model folder {str(folder)!r} does not exist", hint="Check the path.")
     content = check_folder(folder)
     if content.get("text_config") is not None:
         raise ModelError(

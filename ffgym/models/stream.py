@@ -21,6 +21,8 @@ from ffgym.models.families import family_of
 from ffgym.models.loading_errors import AGAIN, explained
 
 Weights = Mapping[str, torch.Tensor]
+Arriving = tuple[Weights, torch.cuda.Event | None]
+"""A layer's weights on the device, and the event of their copy where a GPU may still be at it."""
 
 
 class LayerStream:
@@ -59,7 +61,7 @@ class LayerStream:
             for index, layer in enumerate(family.layers(model))
         ]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="layers")
-        self._next: tuple[int, Future[_Arriving]] | None = None
+        self._next: tuple[int, Future[Arriving]] | None = None
         self._last = -1
         self._side: Any = None if device.type != "cuda" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -89,14 +91,19 @@ class LayerStream:
     def load(self, layer: int) -> Weights:
         """A layer's weights by their names in the layer, on the device. The next one is prefetched."""
         expected, self._next = self._next, None
-        arriving = expected[1].result() if expected is not None and expected[0] == layer else self._fetch(layer)
+        weights, copied = expected[1].result() if expected is not None and expected[0] == layer else self._fetch(layer)
         following = self._following(layer)
         self._last = layer
         if expected is not None and expected[0] == following:
             self._next = expected
         elif 0 <= following < len(self._names):
             self._next = following, self._thread.submit(self._fetch, following)
-        return arriving.wait()
+        if copied is not None:  # the stream at work waits for it, not the CPU
+            at_work = torch.cuda.current_stream(self.device)
+            at_work.wait_event(copied)
+            for tensor in weights.values():
+                tensor.record_stream(at_work)  # its memory is of the prefetching stream
+        return weights
 
     def _following(self, layer: int) -> int:
         """The layer that will be asked for next: walks go forwards from the first, or back from the last."""
@@ -104,29 +111,13 @@ class LayerStream:
             return layer - 1 if layer == len(self._names) - 1 else layer + 1
         return layer + 1 if layer == 0 or layer > self._last else layer - 1
 
-    def _fetch(self, layer: int) -> _Arriving:
+    def _fetch(self, layer: int) -> Arriving:
         weights = {short: self.read(name) for short, name in self._names[layer].items()}
         if self._side is None:
-            return _Arriving({short: tensor.to(self.device) for short, tensor in weights.items()})
+            return {short: tensor.to(self.device) for short, tensor in weights.items()}, None
         with torch.cuda.stream(self._side):
             moved = {short: tensor.pin_memory().to(self.device, non_blocking=True) for short, tensor in weights.items()}
-            return _Arriving(moved, self._side.record_event())
-
-
-class _Arriving:
-    """A layer that is on its way to a GPU, or has come."""
-
-    def __init__(self, weights: Weights, copied: torch.cuda.Event | None = None) -> None:
-        self._weights, self._copied = weights, copied
-
-    def wait(self) -> Weights:
-        """Have the stream at work wait for it, not the CPU."""
-        if self._copied is not None:
-            at_work = torch.cuda.current_stream(next(iter(self._weights.values())).device)
-            at_work.wait_event(self._copied)
-            for tensor in self._weights.values():
-                tensor.record_stream(at_work)  # its memory is of the prefetching stream
-        return self._weights
+            return moved, self._side.record_event()
 
 
 def streamed_model(name: str, folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Any, LayerStream]:

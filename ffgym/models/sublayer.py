@@ -74,7 +74,8 @@ class PrunableSublayer:
     @property
     def dense_consumer(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The consumer's dense weight, shape (m, n), path order, and bias, shape (m,) or ``None``."""
-        return self._consumer_weight, self._consumer_bias
+        _, weight, bias = self._parameters[-1]
+        return weight, bias
 
     @property
     def unit_free_params(self) -> int:
@@ -134,7 +135,7 @@ class PrunableSublayer:
         if refit is None:
             refit = self.refits([units], calibrated=calibrated)[units]
         _set(self.consumer, *refit)
-        for producer, rows, weight, bias in zip(self.producers, self._rows, self._weights, self._biases, strict=True):
+        for (producer, weight, bias), rows in zip(self._parameters[:-1], self._rows, strict=True):
             first = partial(_first_rows, rows=rows, kept=units, units=self.sublayer.units)
             _set(producer, first(weight), None if bias is None else first(bias))
         self._count_heads(units)
@@ -163,19 +164,19 @@ class PrunableSublayer:
         """
         self.restore()
         self._asked = partial(PrunableSublayer.pad, units=units, calibrated=calibrated)
+        dense, bias = self.dense_consumer
         if units == self.sublayer.units:
-            if calibrated and self.affine and self._consumer_bias is None:  # the path gives it one
-                zeros = self._consumer_weight.new_zeros(self.consumer.out_features)
-                _set(self.consumer, self._consumer_weight, zeros)
+            if calibrated and self.affine and bias is None:  # the path gives it one
+                _set(self.consumer, dense, dense.new_zeros(len(dense)))
             return
         channels = units * self.sublayer.channels_per_unit
         path = self.path_for(calibrated=calibrated)
-        weight = torch.zeros_like(self._consumer_weight)
+        weight = torch.zeros_like(dense)
         weight[:, :channels] = path.weight_at(channels).to(weight)
         _set(self.consumer, *self._in_dtype(weight, path.bias_at(channels)))
 
     def _in_dtype(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Refit:
-        like = self._consumer_weight
+        like, _ = self.dense_consumer
         # Contiguous, as a checkpoint stores it: kernels round differently on strided weights.
         return weight.to(like).contiguous(), None if bias is None else bias.to(like)
 
@@ -186,13 +187,8 @@ class PrunableSublayer:
 
     def hand_back(self) -> None:
         """Put the dense parameters into the modules; the next `arrive` cuts the sublayer as before."""
-        for module, weight, bias in zip(
-            [*self.producers, self.consumer],
-            [*self._weights, self._consumer_weight],
-            [*self._biases, self._consumer_bias],
-            strict=True,
-        ):
-            _set(module, weight, bias)
+        for linear, weight, bias in self._parameters:
+            _set(linear, weight, bias)
         self._count_heads(self.sublayer.units)
         self._place_attention(empty=False)
 
@@ -221,10 +217,7 @@ class PrunableSublayer:
             setattr(self._layer, self._attention_name, module)
 
     def _keep_dense(self) -> None:
-        self._weights = [producer.weight for producer in self.producers]
-        self._biases = [producer.bias for producer in self.producers]
-        self._consumer_weight = self.consumer.weight
-        self._consumer_bias: torch.Tensor | None = self.consumer.bias
+        self._parameters = [(linear, linear.weight, linear.bias) for linear in [*self.producers, self.consumer]]
 
 
 def _rows_in_order(order: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
