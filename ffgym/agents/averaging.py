@@ -11,13 +11,5 @@ import numpy as np
 
 
 def tail_mean(iterates: Sequence[np.ndarray], share: float) -> np.ndarray:
-    """Mean of the last iterates.
-
-    Args:
-        iterates: at least one, all of one shape, in order.
-        share: how many of them count, in [0, 1]; always at least the last.
-
-    Returns:
-        of the iterates' shape.
-    """
+    """Mean of the last ``share`` of the iterates, in [0, 1], always of at least the last one; of their shape."""
     return np.asarray(np.mean(iterates[-max(1, round(share * len(iterates))) :], axis=0))

@@ -75,10 +75,7 @@ class UnitTrial:
 def projection_shift(importance: np.ndarray, kept: np.ndarray, units: np.ndarray) -> np.ndarray:
     """How much more of every sublayer a projection keeps than its importance says, as a share of its units; 0-dim.
 
-    Args:
-        importance: what was projected, shape (2L,).
-        kept: what it came to, shape (2L,).
-        units: of each sublayer, shape (2L,).
+    All are of shape (2L,): the importances that were projected, the units kept, and all units.
     """
     inside = (kept > 0) & (kept < units)
     return np.asarray(np.mean((kept / units - (importance + 1) / 2)[inside]) if inside.any() else 0.0)

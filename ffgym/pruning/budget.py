@@ -29,11 +29,7 @@ FEWEST = 6  # units of a sublayer that slopes can lead; 3 were too few (docs/exp
 
 
 def service_order(depth: int) -> np.ndarray:
-    """Rank of each layer in an order that is spread over depth (bit reversal), so that ties favour no end.
-
-    Returns:
-        shape (depth,), int64: rank[layer].
-    """
+    """Rank of each layer, shape (depth,), int64, in an order spread over depth (bit reversal): ties favour no end."""
     bits = max(depth - 1, 1).bit_length()
     reverse = [int(format(layer, f"0{bits}b")[::-1], 2) for layer in range(depth)]
     rank = np.empty(depth, dtype=np.int64)

@@ -178,13 +178,7 @@ class NestedRidge(ConsumerPath):
     def restored(
         cls, weight: torch.Tensor, factors: Mapping[str, torch.Tensor], bias: torch.Tensor | None
     ) -> NestedRidge:
-        """A path whose `factors` have been kept: the same bits without a factorisation.
-
-        Args:
-            weight: dense W, shape (m, n), path order.
-            factors: by name, on the weight's device.
-            bias: dense bias, shape (m,), or ``None``.
-        """
+        """A path whose `factors` have been kept, on the weight's device: the same bits without a factorisation."""
         path = cls.__new__(cls)
         path._set(weight, factors, bias)
         return path
@@ -355,14 +349,9 @@ def _cholesky_in_float32(moment: torch.Tensor, ridge: float, relative_to: torch.
 def refit_outputs(
     weight: torch.Tensor, lost: torch.Tensor, lower: torch.Tensor, inputs: torch.Tensor, kept: int
 ) -> torch.Tensor:
-    """W'_K x_K over x, shape (m, rows), where C is the factor of at least ``kept`` channels.
+    """W'_K x_K over the rows of X, shape (m, rows), float32.
 
-    Args:
-        weight: W, shape (m, n), float32.
-        lost: W_P G_PK, shape (m, kept), float32.
-        lower: C, shape (at least kept, the same), float32.
-        inputs: X, shape (rows, n), float32.
-        kept: channels kept, k.
+    ``weight`` is W, ``lost`` W_P G_PK, shape (m, kept), and ``lower`` C, the factor of at least ``kept`` channels.
     """
     change: torch.Tensor = torch.cholesky_solve(lost.T, lower[:kept, :kept]).T
     refit: torch.Tensor = weight[:, :kept] + change

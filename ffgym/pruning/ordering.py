@@ -26,13 +26,5 @@ def unit_order(scores: torch.Tensor) -> torch.Tensor:
 
 
 def expand_order(order: torch.Tensor, block: int) -> torch.Tensor:
-    """Turn an order of units into the order of the rows or columns they own, ``block`` contiguous ones each.
-
-    Args:
-        order: shape (units,), int64.
-        block: rows or columns per unit.
-
-    Returns:
-        shape (units * block,), int64.
-    """
+    """The order of the rows or columns, ``block`` contiguous ones a unit, for one of units; shape (units * block,)."""
     return (order[:, None] * block + torch.arange(block, device=order.device)).reshape(-1)

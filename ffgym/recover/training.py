@@ -12,16 +12,9 @@ LARGEST_GRADIENT = 1.0  # gradients are clipped to this norm
 
 
 def batch_at(step: int, size: int, count: int, seed: Sequence[int]) -> np.ndarray:
-    """The items of one step: all are seen once, in a new order, before any is seen again.
+    """The items of a step, counted from 0: indices below ``count``, shape (size,), int64.
 
-    Args:
-        step: from 0.
-        size: items in a batch, >= 1.
-        count: items that there are, >= 1.
-        seed: any integers >= 0; the same ones give the same order.
-
-    Returns:
-        indices below ``count``, shape (size,), int64.
+    All are seen once, in a new order, before any is seen again. ``seed`` are any integers >= 0.
     """
     positions = np.arange(step * size, (step + 1) * size)
     epochs = range(positions[0] // count, positions[-1] // count + 1)
@@ -31,13 +24,7 @@ def batch_at(step: int, size: int, count: int, seed: Sequence[int]) -> np.ndarra
 
 
 def rate_at(step: int, steps: int, highest: float) -> float:
-    """Learning rate of a step: a linear rise over the first twentieth, then half a cosine, down to almost 0.
-
-    Args:
-        step: from 0, below ``steps``.
-        steps: of the whole training.
-        highest: where the rise ends.
-    """
+    """Learning rate of a step, counted from 0: a linear rise over the first twentieth, then half a cosine to near 0."""
     rise = max(1, round(WARM_UP_SHARE * steps))
     if step < rise:
         return highest * (step + 1) / rise
