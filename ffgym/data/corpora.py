@@ -39,7 +39,6 @@ SPEC = re.compile(r"(?P<path>[^@]+?)(?::(?P<subset>[^:@/\\]+))?(?:@(?P<split>\w[
 FILE_SUFFIXES = {".txt", ".text", ".utf8", ".md", ".jsonl", ".jsonlines", ".ndjson", ".json", ".csv", ".tsv"}
 FILE_SUFFIXES |= {".parquet", ".arrow", ".gz", ".xz", ".bz2", ".zst", ".zip"}
 FOLDER_HINT = "Name a .txt or .jsonl file, a folder of nothing but such files, or one that save_to_disk has written."
-JSONL_HINT = 'Write one object a line, like {"text": "..."}.'
 CONVERT = "iconv -f {} -t UTF-8 OLD.txt > NEW.txt"
 OFFLINE_HINT = (
     "Use a corpus that needs no hub: demo:c4, demo:wiki, a .txt or .jsonl file, or a folder written by"
@@ -76,9 +75,18 @@ class CorpusSource(Plugin, ABC):
 
 
 def load_text(spec: str, *, role: Role) -> Corpus:
-    """Read a corpus, of a long one the first ``ENOUGH_CHARACTERS``.
+    """Read a corpus; the table in docs/choices.md says what a spec may be.
 
-    The role that it is read for chooses the split where the spec does not.
+    Of a corpus longer than ``ENOUGH_CHARACTERS`` only the beginning is read.
+
+    Args:
+        role: what it is read for, which chooses the split where the spec does not.
+
+    Raises:
+        DataError: a missing or damaged file, no text column, no text, an unknown split, a hub that cannot be reached.
+        PluginError: a plugin failed.
+        UnknownNameError: a ``demo:`` corpus that does not exist.
+        AssetError: the embedded default could not be fetched.
     """
     return _found(spec)(role)
 
@@ -220,8 +228,9 @@ def _opened(path: Path) -> Iterator[TextIO]:
             hint=f"Convert it: {CONVERT.format('LATIN1')}, or what it was written in.",
         ) from error
     except OSError as error:
-        message = f"corpus file {str(path)!r} cannot be read: {error.strerror}"
-        raise DataError(message, hint="Check the file.") from error
+        raise DataError(
+            f"corpus file {str(path)!r} cannot be read: {error.strerror}", hint="Check the file."
+        ) from error
 
 
 def _read_text(path: Path) -> str:
@@ -246,11 +255,16 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads, too
                 why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise DataError(f"{where} is not JSON: {why}", hint=JSONL_HINT) from error
+                raise DataError(
+                    f"{where} is not JSON: {why}",
+                    hint='Write one object a line, like {"text": "..."}.',
+                ) from error
             _check_column(where, row if isinstance(row, dict) else [])
             if not isinstance(row[COLUMN], str | None):
-                kind = type(row[COLUMN]).__name__
-                raise DataError(f"{where}: {COLUMN!r} is of type {kind}, not text", hint=JSONL_HINT)
+                raise DataError(
+                    f"{where}: {COLUMN!r} is of type {type(row[COLUMN]).__name__}, not text",
+                    hint='Write one object a line, like {"text": "..."}.',
+                )
             if row[COLUMN] is not None:
                 yield row[COLUMN]
 
@@ -288,7 +302,9 @@ def _read_arrow(path: Path) -> Iterator[str]:
 
 
 READERS: dict[str, Callable[[Path], Iterable[str]]] = {
-    **dict.fromkeys((".txt", ".utf8", ".md"), lambda path: [_read_text(path)]),
+    ".txt": lambda path: [_read_text(path)],
+    ".utf8": lambda path: [_read_text(path)],
+    ".md": lambda path: [_read_text(path)],
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
@@ -309,20 +325,28 @@ def _check_column(where: str, columns: Iterable[str]) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    message = f"corpus file {str(path)!r} is damaged or not what its name says: {error}"
-    return DataError(message, hint="Write or download it again.")
+    return DataError(
+        f"corpus file {str(path)!r} is damaged or not what its name says: {error}", hint="Write or download it again."
+    )
 
 
 # --- datasets: folders and the hub ------------------------------------------------------------------------------------
 
 
 class HubCorpus(CorpusSource):
-    """A dataset on the hub that has a short name here."""
+    """A dataset on the hub that has a short name here.
 
-    path: ClassVar[str]  # hub id
-    subset: ClassVar[str | None] = None  # the dataset's configuration; None where files say what to read
-    reported: ClassVar[str]  # the split to report on; the other roles read "train"
-    files: ClassVar[dict[str, str]] = {}  # what to read for a split, where the whole dataset would be far too large
+    Attributes:
+        path: hub id.
+        subset: the dataset's configuration; ``None`` where ``files`` say what to read.
+        reported: the split to report on; the other roles read ``train``.
+        files: the file to read for a split, where the whole dataset would be far too large.
+    """
+
+    path: ClassVar[str]
+    subset: ClassVar[str | None] = None
+    reported: ClassVar[str]
+    files: ClassVar[dict[str, str]] = {}
 
     def read(self, part: str | None, role: Role) -> tuple[str, Iterable[str]]:
         """The split of the role."""

@@ -12,9 +12,14 @@ HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is multiplied
 
 
 def run_hashes(ids: np.ndarray, run: int) -> np.ndarray:
-    """A 64-bit hash of every run of so many tokens: sum over j of (id_j + 1) * base^j.
+    """A 64-bit hash of every run of tokens: sum over j of (id_j + 1) * base^j.
 
-    Ids have the shape (rows, length), int64; hashes (rows, length - run + 1), uint64, no columns of shorter rows.
+    Args:
+        ids: shape (rows, length), int64.
+        run: tokens in a run, >= 1.
+
+    Returns:
+        shape (rows, length - run + 1), uint64; no columns where a row is shorter than a run.
     """
     columns = max(0, ids.shape[1] - run + 1)
     hashes = np.zeros((ids.shape[0], columns), dtype=np.uint64)

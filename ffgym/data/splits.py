@@ -98,9 +98,15 @@ def make_splits(
     Roles that name the same text get consecutive windows of it, in the order calibration, search, report. Asked
     tokens are rounded up to whole windows. Of a mixture, every corpus gives its share to less than one window.
 
+    Args:
+        corpora: the corpus of each role, or its mixture.
+        tokens: how many are wanted for each role.
+        context_limit: the longest window that the model takes, in tokens.
+        bos: which windows begin with BOS where the tokenizer adds one.
+
     Raises:
-        DataError: a window longer than the context, a corpus that is missing, too short or repeats itself, or two that
-            hold the same text.
+        DataError: a window shorter than 2 tokens or longer than the context, fewer than 1 token asked for, a corpus
+            that is missing, too short or repeats itself, or two that hold the same text.
     """
     import torch
 
@@ -143,7 +149,14 @@ def interleaved(shares: Sequence[Fraction], count: int) -> list[int]:
     """The order of the corpora: after any number of windows, each is less than one window away from its share.
 
     Of the corpora that are not ahead of their shares, the one whose next window is due first comes next (Baruah et al.
-    1996, Proportionate progress). Returns indices into ``shares``, one for each window.
+    1996, Proportionate progress).
+
+    Args:
+        shares: above 0, together 1.
+        count: windows in all.
+
+    Returns:
+        indices into ``shares``, one for each window.
     """
     given, turns = [0] * len(shares), list[int]()
     for position in range(1, count + 1):

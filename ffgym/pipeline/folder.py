@@ -87,7 +87,12 @@ def contents(folder: Path) -> list[Path]:
 
 
 def stored_config(folder: Path) -> RunConfig:
-    """The configuration of the run that wrote into a folder."""
+    """The configuration of the run that wrote into a folder.
+
+    Raises:
+        OutputError: it is no run's folder.
+        ConfigError: its ``config.toml`` is damaged, or holds what this version does not know.
+    """
     if (folder / "config.json").is_file():  # with a copy of config.toml beside it
         raise OutputError(f"{folder} is the folder of a saved model", hint="Name the folder of the run that saved it.")
     if not (folder / "config.toml").is_file():
@@ -99,7 +104,11 @@ def stored_config(folder: Path) -> RunConfig:
 
 
 def reopen_folder(folder: Path, config: RunConfig) -> Path:
-    """Reopen the folder of a run that was interrupted, to go on with what decides the same numbers.
+    """Reopen the folder of a run that was interrupted.
+
+    Args:
+        config: how it is to go on; ``output``, ``tracking`` and ``workers`` may differ from what they were, but for the
+            folder.
 
     Raises:
         OutputError: it is no run's folder, cannot be written, ``output.dir`` names another, or plugins that its search
@@ -109,13 +118,14 @@ def reopen_folder(folder: Path, config: RunConfig) -> Path:
     folder = folder.expanduser()
     stored = configured.with_options(stored_config(folder))
     for key, there, here in differences(stored, config):
-        differs = f"the run in {folder} has {key} = {there!r}, this one {here!r}"
         if key.startswith("recover."):
-            command = f"ffgym recover {shlex.quote(str(folder))}"
-            hint = f"Resume it without, then train its model by `{command}`, which takes these options."
-            raise ConfigError(differs, hint=hint)
+            raise ConfigError(
+                f"the run in {folder} has {key} = {there!r}, this one {here!r}",
+                hint=f"Resume it without, then train its model by `ffgym recover {shlex.quote(str(folder))}`, which "
+                "takes these options.",
+            )
         raise ConfigError(
-            f"{differs}: its episodes cannot be reused",
+            f"the run in {folder} has {key} = {there!r}, this one {here!r}: its episodes cannot be reused",
             hint=f"Give it {key} = {there!r}, or start in another folder with --output DIR.",
         )
     asked = config.output.dir
@@ -172,10 +182,13 @@ def is_searched(folder: Path) -> bool:
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
-    """Whether the run in a folder is finished, and its results are there, with the model where one is wanted now."""
+    """Whether the run in a folder is finished, and its results are still there.
+
+    Args:
+        config: how it is to go on: a run that left no model is not finished where one is wanted now.
+    """
     stored = stored_config(folder)
-    asked, left = (each.output.model_dump(exclude={"dir", "overwrite"}) for each in (config, stored))
-    if asked != left:
+    if stored.output.model_dump(exclude={"dir", "overwrite"}) != config.output.model_dump(exclude={"dir", "overwrite"}):
         return False
     if config.tracking.enabled and config.tracking != stored.tracking:
         return False
@@ -208,6 +221,7 @@ def _measurements() -> frozenset[str]:
 
 
 def _is_written(name: str) -> bool:
+    """Whether runs write files or folders of this name."""
     return name in WRITTEN | _measurements() or WRITTEN_PER_POINT.fullmatch(name) is not None
 
 
@@ -248,7 +262,11 @@ class RunFolder:
 
     @classmethod
     def claim(cls, config: RunConfig) -> RunFolder:
-        """Make the folder of a new run; refuse one that holds something unless it may be overwritten."""
+        """Make the folder of a new run; refuse one that holds something unless it may be overwritten.
+
+        Raises:
+            OutputError: occupied, or it cannot be made or written.
+        """
         check_output(config)  # again: since the run was started, another one may have written there
         named = config.output.dir
         path = Path("runs" if named is None else named).expanduser()
@@ -263,7 +281,11 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other runs out while this one writes; a run that was killed keeps nobody out."""
+        """Keep other runs out while this one writes; a run that was killed keeps nobody out.
+
+        Raises:
+            OutputError: another run holds it.
+        """
         with exclusive_lock(self.path / LOCK) as mine:
             if not mine:
                 raise OutputError(
@@ -273,7 +295,11 @@ class RunFolder:
             yield
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote, and take the folder over; refuse what came into it since from elsewhere."""
+        """Remove what an earlier run wrote, and take the folder over.
+
+        Raises:
+            OutputError: something came into it since it was claimed that no run writes.
+        """
         _refuse_what_is_foreign(self.path)
         for path in contents(self.path):
             remove(path)
