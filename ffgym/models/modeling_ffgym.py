@@ -266,7 +266,8 @@ def is_skipped(kind, sizes):
 def head_counts(sizes, parts):
     """Query heads and key/value heads of a layer."""
     heads = getattr(sizes, parts.heads)
-    return heads, heads if parts.kv_heads is None else getattr(sizes, parts.kv_heads)
+    kv_heads = None if parts.kv_heads is None else getattr(sizes, parts.kv_heads)
+    return heads, heads if kv_heads is None else kv_heads  # Nemotron's config has none until one is given
 
 
 def resize(linear, in_features=None, out_features=None):
