@@ -23,7 +23,7 @@ import torch
 from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, settings, to_toml
-from ffgym.errors import DataError
+from ffgym.errors import DataError, FFGymError
 from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.agent import make_agent, policy_digest
@@ -113,7 +113,12 @@ class CellRunner:
             if not mine:
                 self._reporter.print(f"{cell.label}, seed {cell.seed}: skipped: another bench is computing it")
             elif not cell.path.exists():
-                self._prepare_and_compute(job, folder)
+                try:
+                    self._prepare_and_compute(job, folder)
+                except FFGymError as error:
+                    error.message = f"{cell.label}, seed {cell.seed}: {error.message}"
+                    error.hint = f"{error.hint or ''} Finished cells are kept, and the same command goes on.".lstrip()
+                    raise
 
     def _prepare_and_compute(self, job: Job, folder: Path) -> None:
         cell = job.cell

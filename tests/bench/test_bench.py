@@ -37,7 +37,7 @@ from ffgym.bench.page import bench_page
 from ffgym.bench.queue import CellQueue
 from ffgym.bench.table import BenchTable
 from ffgym.cli import app
-from ffgym.errors import ConfigError, ModelError, OutputError, WorkerError
+from ffgym.errors import ConfigError, DataError, ModelError, OutputError, WorkerError
 from ffgym.pipeline.stored import stored_run
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE
 from ffgym.prepare import configured
@@ -503,6 +503,16 @@ def test_a_model_that_is_nowhere_is_said_to_be_missing_and_no_worker_is_blamed(t
     gone = {"model": {"name": f"{tmp_path / 'gone'}"}}
     with pytest.raises(ModelError, match="gone' does not exist"):
         call(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables=gone))
+
+
+def test_a_cell_that_fails_is_named_and_those_before_it_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    short = {"agent": {"name": "uniform"}, "data": {"search": str(tmp_path / "short.txt")}}
+    file = bench_file(tmp_path, agents=["uniform", "short"], seeds=[0], variants={"short": short})
+    with pytest.raises(DataError, match="short, seed 0: ") as raised:
+        call(file)
+    assert str(raised.value.hint).endswith("Finished cells are kept, and the same command goes on.")
+    assert list(numbers(tmp_path / "small")) == ["uniform-seed0"]
 
 
 def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:
