@@ -64,13 +64,13 @@ def test_tiles_do_not_matter(rows, columns, dtype, random_windows, monkeypatch):
         assert wanted == pytest.approx(plain(model, windows), rel=1e-5)
 
 
-@pytest.mark.parametrize("scale", [50, 10_000])
-def test_large_logits_in_several_tiles_make_one_distribution(scale, random_windows, monkeypatch):
+@pytest.mark.parametrize(("scale", "error"), [(50, 1e-5), (10_000, 1e-4)])
+def test_large_logits_in_several_tiles_make_one_distribution(scale, error, random_windows, monkeypatch):
     monkeypatch.setattr(perplexity, "TILE_COLUMNS", 48)  # of 128 tokens: the last tile is narrower
     model, windows = tiny_model("llama"), random_windows(4, 20)
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)  # highest logits in different tiles, far apart
-    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=1e-4)
+    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=error)
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 60, 10_000])

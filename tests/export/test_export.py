@@ -52,7 +52,7 @@ sys.modules["ffgym"] = None  # as if it were not installed
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
-found = {}
+found, head = {}, {"lm_head.weight", "lm_head.bias"}
 options = {"trust_remote_code": True}
 for folder in sorted(root.iterdir()):
     expected = load_file(root.parent / f"{folder.name}.safetensors")
@@ -65,7 +65,7 @@ for folder in sorted(root.iterdir()):
     found[folder.name] = {
         "bit_equal": torch.equal(logits, expected["logits"]),
         "bit_equal_without_head": torch.equal(*hidden),
-        "left_over": [name for names in report.values() for name in names if not name.startswith("lm_head.")],
+        "left_over": [name for names in report.values() for name in names if name not in head],
         "same_tokens": torch.equal(tokens, expected["tokens"]),
         "tied": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     }
