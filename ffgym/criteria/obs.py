@@ -39,17 +39,23 @@ class Obs(Criterion):
         Raises:
             CalibrationError: the damped second moment cannot be factorised.
         """
+        from ffgym.pruning.elimination import elimination_errors_
+        from ffgym.pruning.precision import copy_in_float64
+
+        assert stats.second_moment is not None, "needs second_moment"
+        block = stats.channels_per_unit
+        errors = elimination_errors_(copy_in_float64(weight), self._inverse(stats.second_moment), block)
+        return errors.repeat_interleave(block) / block
+
+    def _inverse(self, moment: torch.Tensor) -> torch.Tensor:
+        """Of the damped moment, shape (n, n), float64."""
         import torch
 
         from ffgym.pruning.calibration import cholesky_
-        from ffgym.pruning.elimination import elimination_errors_
-        from ffgym.pruning.precision import in_float64
+        from ffgym.pruning.precision import copy_in_float64
 
-        assert stats.second_moment is not None, "needs second_moment"
         try:
-            lower = cholesky_(in_float64(stats.second_moment).clone(), self.config.ridge)
+            lower = cholesky_(copy_in_float64(moment), self.config.ridge)
         except CalibrationError as error:
             raise CalibrationError(f"criterion 'obs': {error.message}", hint="Raise criterion.ridge.") from error
-        block = stats.channels_per_unit
-        errors = elimination_errors_(in_float64(weight).clone(), torch.cholesky_inverse(lower), block)
-        return errors.repeat_interleave(block) / block
+        return torch.cholesky_inverse(lower, out=lower)

@@ -26,7 +26,7 @@ TRACKING = 100_000_000  # what drawing pictures and saving load in addition; mea
 KERNELS, LAST_KERNELS = 800_000, 400_000
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` chooses a lambda: two covariances and a moment in
 # float32, and of 3/4 of the channels a copy and its factor. A narrow consumer's moment is in float64, and a wide one's
-# copy becomes its factor.
+# copy becomes its factor. Before that, a criterion that inverts a moment in float64 takes as much as a narrow one.
 FACTORISING, FACTORISING_WIDE = 25, 15
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
@@ -263,7 +263,7 @@ def _prepare(shape: ModelShape, load: RunLoad) -> PlannedStage:
         **_prepared(shape, load),
         "gradients": _at_a_time(shape, load, gradients),
         "hidden states": hidden_states(shape, load, tokens) + inputs,
-        "moments": (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2,
+        "moments": (FACTORISING if n <= WIDE or load.second_moments else FACTORISING_WIDE) * n**2,
     }
     if load.is_prepared:  # needs as much memory all the same, in case its store turns out to be damaged
         return PlannedStage("prepare", 0, Operations(), memory, store(shape, load) / LOADED_BYTES)

@@ -69,6 +69,7 @@ class RunLoad:
     batch_tokens: int  # tokens of one forward pass
     choose_ridge: bool = True  # lambda is chosen on held-out windows
     gradients: bool = False  # first-order statistics are wanted
+    second_moments: bool = False  # the criterion asks for second moments, and may factorise them
     kept: frozenset[str] = frozenset()  # statistics that sublayers keep for heuristics
     episode_tokens: int = 0  # of an episode, with its task examples; 0 for no search
     episodes_per_update: int = 1  # episodes that are measured together

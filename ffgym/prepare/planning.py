@@ -54,6 +54,7 @@ def plan_of(config: RunConfig, needs: frozenset[str] = frozenset()) -> Plan:
         batch_tokens=tokens_per_batch(device),
         choose_ridge=config.prune.ridge == "auto",
         gradients=bool((criterion.needs | needs) & GRADIENT_STATISTICS),
+        second_moments="second_moment" in criterion.needs,
         kept=needs,
         episode_tokens=config.episode_windows * data.window,
         episodes_per_update=search.episodes_per_update,

@@ -39,7 +39,7 @@ from ffgym.pruning.factors import (
     times_lower,
     unpacked,
 )
-from ffgym.pruning.precision import in_float64
+from ffgym.pruning.precision import copy_in_float64, in_float64
 from ffgym.pruning.statistics import OVERFLOW_HINT
 
 RIDGE_GRID = (1e-3, 1e-2, 1e-1, 1.0)
@@ -343,7 +343,7 @@ def _cholesky_in_float32(moment: torch.Tensor, ridge: float, relative_to: torch.
     try:
         return cholesky_(moment.to(torch.float32, copy=True), ridge, relative_to)
     except CalibrationError:
-        return cholesky_(in_float64(moment).clone(), ridge, relative_to).float()
+        return cholesky_(copy_in_float64(moment), ridge, relative_to).float()
 
 
 def refit_outputs(

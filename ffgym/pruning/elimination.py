@@ -52,7 +52,8 @@ def elimination_errors_(weight: torch.Tensor, inverse: torch.Tensor, channels_pe
             inverse[channels, channels] = 1.0  # for what is gone the rest is 0 up to rounding
         staying = (~gone).nonzero().flatten()
         channels = expand_order(staying, block)
-        weight, inverse, left = weight[:, channels], inverse[channels][:, channels], left[staying]
+        weight, inverse, left = weight[:, channels], inverse[channels], left[staying]
+        inverse = inverse[:, channels]  # in two steps, each of which lets go of the matrix before
     return errors
 
 

@@ -224,6 +224,12 @@ def test_statistics_that_heuristics_ask_for_are_counted(eight_billion: ModelShap
     assert fisher.needed == plain.needed + more
 
 
+def test_a_criterion_that_inverts_wide_moments_needs_memory_for_them(tmp_path: Path) -> None:
+    wanda, obs = (stages_of(two_layers(tmp_path), "--criterion", name)["prepare"] for name in ("wanda", "obs"))
+    more = counts.FACTORISING - counts.FACTORISING_WIDE
+    assert obs["peak"] == wanda["peak"] + more * LLAMA_8B["intermediate_size"] ** 2
+
+
 class TestFourGpus:
     @pytest.fixture(autouse=True)
     def _four(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
