@@ -7,12 +7,12 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from ffgym.errors import DataError
-from ffgym.files import Count, FileFormat
+from ffgym.errors import DataError, first_line
+from ffgym.files import FileFormat
 from ffgym.types import Episode
 
 
@@ -27,39 +27,7 @@ class Log:
     size: int = 0  # bytes of their lines; what a crash has cut off comes after them
 
 
-class Line(BaseModel):
-    """One line of a log: an `Episode`, the seconds that it took, and the digest of all episodes so far."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    index: Count
-    update: Count
-    action: tuple[FiniteFloat, ...]
-    kept: tuple[Count, ...]
-    reward: FiniteFloat
-    loss: float
-    dense_loss: float
-    target_sparsity: FiniteFloat
-    sparsity: FiniteFloat
-    fidelity: FiniteFloat
-    tokens: Count
-    failed: bool
-    objectives: dict[str, float]
-    slopes: tuple[float, ...]
-    slope_tokens: Count
-    windows: tuple[Count, ...]
-    examples: tuple[Count, ...]
-    seconds: FiniteFloat
-    digest: str
-
-    def episode(self) -> Episode:
-        """The episode of this line; float32 importances survive the round trip bit for bit."""
-        fields = dict(self)
-        del fields["seconds"], fields["digest"]
-        return Episode(**{**fields, "action": np.array(self.action, dtype=np.float32)})
-
-
-LINE = FileFormat("episode", Line, DataError, "Delete the file to search from the start.")
+LINE = FileFormat("episode", dict[str, Any], DataError, "Delete the file to search from the start.")
 
 
 class Recorder:
@@ -139,11 +107,20 @@ def read_log(path: Path) -> Log:
         size += len(line)
         row = LINE.parse(line, source)
         digest.update(line.rpartition(b', "seconds": ')[0])
-        if row.digest != _short(digest):
+        if row.pop("digest", "") != _short(digest):
             raise LINE.refused(source, "it or a line before it was changed after it was written")
-        seconds += row.seconds
-        episodes.append(row.episode())
+        try:
+            seconds += float(row.pop("seconds"))
+            episodes.append(_episode(row))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise LINE.refused(source, f"another version may have written it: {first_line(error)}") from error
     return Log(tuple(episodes), seconds, digest, size)
+
+
+def _episode(row: dict[str, Any]) -> Episode:
+    """The episode of a line; float32 importances survive the round trip bit for bit."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    return Episode(**fields | {"action": np.array(row["action"], dtype=np.float32)})
 
 
 def _short(digest: hashlib._Hash) -> str:
