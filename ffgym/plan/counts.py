@@ -26,8 +26,11 @@ TRACKING = 100_000_000  # what drawing pictures and saving load in addition; mea
 KERNELS, LAST_KERNELS = 800_000, 400_000
 # Bytes for each entry of an n x n moment while `ffgym.prepare.paths` chooses a lambda: two covariances and a moment in
 # float32, and of 3/4 of the channels a copy and its factor. A narrow consumer's moment is in float64, and a wide one's
-# copy becomes its factor. Before that, a criterion that inverts a moment in float64 takes as much as a narrow one.
+# copy becomes its factor.
 FACTORISING, FACTORISING_WIDE = 25, 15
+# Bytes for each entry of a moment, and for each weight of its consumer, while a criterion that asks for moments orders
+# units: three in float32, and one with its weights that `ffgym.criteria.obs` inverts and halves in float64.
+INVERTING, INVERTING_WEIGHTS = 26, 16
 TRIED = 3  # lambdas that choosing one takes, at most 3/4 of the channels
 LOADING_SECONDS = 3.0  # tokenising text and building modules; measured
 LOADED_BYTES = 1e9  # a second
@@ -259,11 +262,14 @@ def _prepare(shape: ModelShape, load: RunLoad) -> PlannedStage:
         sample = int(GRADIENT_SHARE * tokens)
         operations += Operations((2 + BACKWARD) * forward(shape, load)) * sample
         gradients = sum(4 * shape.hidden * (s.channels + shape.hidden) for s in shape.sublayers)
+    moments = (FACTORISING if n <= WIDE else FACTORISING_WIDE) * n**2
+    if load.second_moments:
+        moments = max(moments, INVERTING * n**2 + INVERTING_WEIGHTS * shape.hidden * n)
     memory = {
         **_prepared(shape, load),
         "gradients": _at_a_time(shape, load, gradients),
         "hidden states": hidden_states(shape, load, tokens) + inputs,
-        "moments": (FACTORISING if n <= WIDE or load.second_moments else FACTORISING_WIDE) * n**2,
+        "moments": moments,
     }
     if load.is_prepared:  # needs as much memory all the same, in case its store turns out to be damaged
         return PlannedStage("prepare", 0, Operations(), memory, store(shape, load) / LOADED_BYTES)

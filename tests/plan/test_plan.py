@@ -226,8 +226,9 @@ def test_statistics_that_heuristics_ask_for_are_counted(eight_billion: ModelShap
 
 def test_a_criterion_that_inverts_wide_moments_needs_memory_for_them(tmp_path: Path) -> None:
     wanda, obs = (stages_of(two_layers(tmp_path), "--criterion", name)["prepare"] for name in ("wanda", "obs"))
-    more = counts.FACTORISING - counts.FACTORISING_WIDE
-    assert obs["peak"] == wanda["peak"] + more * LLAMA_8B["intermediate_size"] ** 2
+    n, m = LLAMA_8B["intermediate_size"], LLAMA_8B["hidden_size"]
+    more = counts.INVERTING * n**2 + counts.INVERTING_WEIGHTS * m * n - counts.FACTORISING_WIDE * n**2
+    assert obs["peak"] == wanda["peak"] + more
 
 
 class TestFourGpus:
