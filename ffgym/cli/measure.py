@@ -229,7 +229,6 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    more: Annotated[list[str] | None, typer.Option("--model", help="another model; repeatable")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -279,8 +278,7 @@ def evaluate(
     from ffgym.measure.tasks import ModelScores, check_models, evaluate_models
     from ffgym.report.progress import Reporter
 
-    names = [*(models or []), *(more or [])]
-    if not names:
+    if not models:
         raise typer.BadParameter("name at least one model, e.g. ffgym eval dense runs/my-run/model")
     output = _checked(output, task_table.FILE_KINDS, overwrite)
     texts = texts or []
@@ -293,12 +291,12 @@ def evaluate(
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
             check_names(wanted, texts)
-            check_models(names)
+            check_models(models)
             loaded = load_tasks(wanted, texts, source=data)
             if loaded.origin:
                 reporter.print(f"Data: {loaded.origin}")
             measured = evaluate_models(
-                names, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
+                models, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
             )
             for so_far in measured:
                 scores = so_far

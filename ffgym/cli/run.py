@@ -13,7 +13,7 @@ from ffgym.cli.app import app
 from ffgym.cli.options import KEYS, JsonOption, configured, parameter_of
 from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import to_toml
+from ffgym.config.toml import load_config, to_toml
 from ffgym.errors import ConfigError
 from ffgym.plugins.architectures import check_folder_architecture
 from ffgym.prepare.configured import meanings
@@ -80,7 +80,7 @@ def plan(
     if model is not None:
         if context.params[parameter_of("--model")] is not None:
             raise typer.BadParameter("the model is named by --model already", param_hint="MODEL")
-        config = config.model_copy(update={"model": config.model.model_copy(update={"name": model})})
+        config = load_config(config, model={"name": model})
     from ffgym.pipeline.start import check_plugins, settle
 
     config = settle(config)

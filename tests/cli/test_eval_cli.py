@@ -70,7 +70,7 @@ def test_a_run_that_saved_no_model_is_told_from_a_folder_that_is_none(tmp_path: 
 
 
 def test_json_is_all_that_stdout_holds_and_twice_the_same(folder: Path) -> None:
-    arguments = ("--model", str(folder), "--tasks", "piqa, lambada_openai", "--limit", "2", "--json")
+    arguments = (str(folder), "--tasks", "piqa, lambada_openai", "--limit", "2", "--json")
     first, second = (json.loads(call(*arguments).stdout) for _ in range(2))
     assert first == second
     assert first["complete"] is True
