@@ -119,8 +119,9 @@ def read_log(path: Path) -> Log:
 
 def _episode(row: dict[str, Any]) -> Episode:
     """The episode of a line; float32 importances survive the round trip bit for bit."""
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    return Episode(**fields | {"action": np.array(row["action"], dtype=np.float32)})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    fields["action"] = np.array(row["action"], dtype=np.float32)
+    return Episode(**fields)
 
 
 def _short(digest: hashlib._Hash) -> str:
