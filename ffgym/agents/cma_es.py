@@ -8,9 +8,8 @@ What is sampled outside [-1, 1] is measured at the edge and not drawn again: in 
 the edge no sample would ever be inside. The update sees the sample as it was drawn; told of the clipped ones, the mean
 would leave the edge whatever the rewards say.
 
-The defaults are the textbook's. ``smooth`` and ``average`` give it the two things that ``reinforce`` has in addition
-to its gradient, so that a comparison can tell them apart: noise shared over depth, as the covariance to start from, and
-a recommendation averaged over the last means.
+Two things are not the textbook's, and were found for ``reinforce``: ``smooth`` shares noise over depth, in the
+covariance to start from, and ``average`` recommends the average of the last means. With 0 for both it is as published.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ class CMAESConfig(PluginConfig):
     """Options of the agent."""
 
     smooth: float = Field(
-        0.0, ge=0, le=1, description="share of the starting covariance shared by neighbouring layers of one kind"
+        0.95, ge=0, le=1, description="share of the starting covariance shared by neighbouring layers of one kind"
     )
     average: float = Field(
-        0.0,
+        0.5,
         ge=0,
         le=1,
         description="share of the last means that are averaged into the recommended one; 0 takes the last",
