@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from ffgym.config.mixture import Corpora, shares
 from ffgym.config.tables import DataTable, RunConfig
@@ -34,7 +35,7 @@ from ffgym.evaluation.perplexity import check_logits
 from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, config_of, context_limit, load
-from ffgym.models.placement import tokens_per_batch
+from ffgym.models.placement import choose_device, tokens_per_batch
 from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion, Reward
@@ -189,8 +190,10 @@ def settings_of(config: RunConfig, keep: frozenset[str], dtype_name: str) -> str
         dtype_name: that the model is loaded in.
     """
     model, data, prune = config.model, config.data, config.prune
-    said = [decisive_code(), torch.__version__, torch.get_num_threads(), model.name, model.revision, dtype_name]
-    said += [data.calibration, data.calibration_tokens, data.window, config.criterion.model_dump(), sorted(keep)]
+    said = [decisive_code(), torch.__version__, transformers.__version__, torch.get_num_threads()]
+    said += [model.name, model.revision, dtype_name, choose_device(model.device).type]
+    said += [data.calibration, data.calibration_tokens, data.window, data.bos]
+    said += [config.criterion.model_dump(), sorted(keep)]
     return json.dumps([*said, prune.calibration, prune.ridge])
 
 
