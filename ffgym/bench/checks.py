@@ -99,12 +99,11 @@ def _check_measurements(cell: Cell) -> None:
     """Refuse a cell that would measure what its resources cost."""
     for name, resource in counted_resources(cell.config).items():
         if resource.is_measured() and named_table(cell.config, name) is None:
-            key = resource.table_key
-            hint = f"Make a table with `ffgym {name} MODEL --output FILE`, and name it as prune.{key}."
+            hint = "Make a table with `ffgym latency MODEL --output FILE`, and name it as prune.latency_table."
             raise ConfigError(
                 f"cells of one table count the same {name}, and {cell.label} names none: two sittings, or two "
                 "processes that measure the model at once, would each count their own",
-                hint=hint if key else "Take a resource that has a price per unit.",
+                hint=hint if name == "latency" else "Take a resource that has a price per unit.",
             )
 
 

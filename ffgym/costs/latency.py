@@ -18,7 +18,6 @@ class Latency(Resource):
 
     name = "latency"
     quantity = "measured latency"
-    table_key = "latency_table"
 
     def measure(
         self, model: Any, setting: CostSetting, *, file: Path | None, on_progress: OnStep, notify: Notify
@@ -35,13 +34,7 @@ class Latency(Resource):
         if file is None:
             table = cached_table(model, context=setting.context, on_progress=on_progress, notify=notify)
         else:
-            table = read_table(file.expanduser())
+            table = read_table(file)
             table.check_fits(model, context=setting.context, source=str(file))
             notify_if_busy(table, notify)
         return table.costs(model)
-
-    def measurement_digest(self, file: Path) -> str:
-        """Digest of a table's file; raises ``ConfigError`` where it is no table."""
-        from ffgym.costs.latency_table import read_table
-
-        return read_table(file.expanduser()).digest

@@ -79,7 +79,6 @@ class Resource(Plugin):
         unit: of a cost; whole-model costs are written with an SI prefix.
         column: head of its column in the table of a run; empty for none.
         key: its key in ``report.json`` and the like; the name where empty.
-        table_key: key of ``[prune]`` that names a file to take the measurement from; empty for none.
     """
 
     kind = "resource"
@@ -87,7 +86,6 @@ class Resource(Plugin):
     unit: ClassVar[str] = ""
     column: ClassVar[str] = ""
     key: ClassVar[str] = ""
-    table_key: ClassVar[str] = ""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -115,14 +113,10 @@ class Resource(Plugin):
         Args:
             model: in eval mode.
             setting: what else costs depend on.
-            file: an earlier measurement to use instead: the file that ``table_key`` names, or a resumed run's.
+            file: an earlier measurement to use instead: a resumed run's, or for latency ``prune.latency_table``.
             on_progress: called with (steps done, steps).
             notify: called with lines for the user.
         """
-        raise NotImplementedError
-
-    def measurement_digest(self, file: Path) -> str:
-        """Digest of the measurement in a file that ``table_key`` names."""
         raise NotImplementedError
 
     def text(self, cost: float) -> str:

@@ -15,6 +15,7 @@ import transformers
 from ffgym.config.mixture import Corpora, shares
 from ffgym.config.tables import DataTable, RunConfig
 from ffgym.costs.latency_cache import check_context
+from ffgym.costs.latency_table import read_table
 from ffgym.costs.resource import (
     Costs,
     Resource,
@@ -39,7 +40,6 @@ from ffgym.models.placement import choose_device, tokens_per_batch
 from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion, Reward
-from ffgym.plugins.built_ins import BUILTINS
 from ffgym.prepare.calibrations import calibration_class
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
 from ffgym.prepare.planning import plan_of
@@ -230,18 +230,18 @@ def check_distinct(resources: Iterable[Resource]) -> None:
 
 def named_table(config: RunConfig, resource: str) -> Path | None:
     """The file that the configuration names for the measurement of a resource; ``None`` where it names none."""
-    named = getattr(config.prune, resource_class(resource).table_key, None)
-    return None if named is None else Path(named)
+    named = config.prune.latency_table if resource == "latency" else None
+    return None if named is None else Path(named).expanduser()
 
 
 def table_digest(config: RunConfig) -> str | None:
-    """Digest of the measurement that the configuration names a file for; ``None`` where it names none.
+    """Digest of the latency table that the configuration names; ``None`` where it names none.
 
     Raises:
-        ConfigError: the file holds no such thing.
+        ConfigError: the file is none.
     """
-    files = ((resource, named_table(config, name)) for name, resource in counted_resources(config).items())
-    return next((resource.measurement_digest(file) for resource, file in files if file is not None), None)
+    file = named_table(config, "latency")
+    return None if file is None else read_table(file).digest
 
 
 def check_measurements(config: RunConfig) -> None:
@@ -340,13 +340,12 @@ def make_reward(config: RunConfig) -> Reward:
                 hint="Weigh another resource "
                 f"({', '.join(name for name in manager.names('resource') if name != resource)}), or prune another.",
             )
-    for name in BUILTINS["resource"]:
-        if name not in (config.prune.resource, *weighed) and named_table(config, name) is not None:
-            raise ConfigError(
-                f"prune.{resource_class(name).table_key} is given, but prune.resource is {config.prune.resource!r}, "
-                f"reward {config.reward.name!r} weighs no {name} either, and nothing would read it",
-                hint=f"Add --resource {name}, or leave the table out.",
-            )
+    if config.prune.latency_table is not None and "latency" not in (config.prune.resource, *weighed):
+        raise ConfigError(
+            f"prune.latency_table is given, but prune.resource is {config.prune.resource!r}, reward "
+            f"{config.reward.name!r} weighs no latency either, and nothing would read it",
+            hint="Add --resource latency, or leave the table out.",
+        )
     return reward
 
 
