@@ -22,7 +22,7 @@ from ffgym.envs.pruning_env import PruningEnv, Trial
 from ffgym.envs.vector import PruningVectorEnv
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.task import Task, give_prior, open_task
-from ffgym.prepare.parts import make_schedule
+from ffgym.prepare.configured import schedule_of
 from ffgym.report.progress import Reporter
 
 WINDOW, SEARCH_WINDOWS, RESERVED, DEVELOPMENT_WINDOWS = 1024, 128, 32, 32
@@ -61,7 +61,7 @@ def main(name: str, sparsity: float, seed: int, tokens: int, tables: dict[str, A
     size = agent.update_size(config.search.episodes_per_update)
     vector = PruningVectorEnv(
         env,
-        make_schedule(config, env),
+        schedule_of(config),
         num_envs=size,
         token_budget=tokens,
         slope_episodes=agent.slope_episodes,

@@ -13,7 +13,8 @@ from ffgym.envs.vector import PruningVectorEnv
 from ffgym.errors import ConfigError, DataError, UnknownNameError
 from ffgym.models.modes import own_modes
 from ffgym.pipeline.task import open_task
-from ffgym.prepare.parts import make_reward, make_schedule
+from ffgym.prepare.configured import schedule_of
+from ffgym.prepare.parts import make_reward
 from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.report.progress import Reporter
 
@@ -76,7 +77,7 @@ def make_pruning_vector_env(
     config = _resolved(config, tables, num_workers)
     env = _pruning_env(config, num_envs, render_mode)
     budget = config.search.episodes * env.episode_windows * env.window_tokens
-    return PruningVectorEnv(env, make_schedule(config, env), num_envs=num_envs, token_budget=budget)
+    return PruningVectorEnv(env, schedule_of(config), num_envs=num_envs, token_budget=budget)
 
 
 def _resolved(

@@ -13,7 +13,7 @@ from ffgym.pipeline.session import Session
 from ffgym.pipeline.task import Task, give_prior
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
-from ffgym.prepare.parts import make_schedule
+from ffgym.prepare.configured import schedule_of
 from ffgym.report.layout import percent
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import expected_tokens, finals_examples, finals_windows
@@ -115,7 +115,7 @@ def tracked_search(
             env,
             agent,
             settings,
-            make_schedule(config, env),
+            schedule_of(config),
             config.targets,
             seed=config.seed,
             log=log,

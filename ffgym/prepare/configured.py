@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -17,6 +18,9 @@ from ffgym.plugins.discovery import entries, package_behind
 from ffgym.plugins.kinds import KINDS, PluginKind
 from ffgym.plugins.manager import create, get_class, is_name, validated
 from ffgym.types import JSONDict
+
+if TYPE_CHECKING:
+    from ffgym.envs.schedule import Schedule
 
 # Of its target, a sparsity that a cubic ramp has come to: the last update of the paper's 1,000 episodes is below it.
 NEARLY = 0.99
@@ -134,6 +138,15 @@ def _is_heuristic(name: str) -> bool:
     return not is_name("agent", name) and is_name("heuristic", name)
 
 
+def schedule_of(config: RunConfig) -> Schedule:
+    """The ramps of a run, or its range of budgets."""
+    from ffgym.envs.schedule import Schedule  # gymnasium
+
+    table, (low, high) = config.schedule, config.prune.ends
+    ramps = table.sparsity_start, table.sparsity, table.fidelity, table.ramp_episodes
+    return Schedule(high, config.episode_windows, *ramps, low=low if config.prune.is_range else None)
+
+
 def check_agent_fits(config: RunConfig) -> None:
     """Refuse what an agent cannot do: too few episodes, also for a ramp, a range of budgets, one shape for all layers.
 
@@ -176,17 +189,14 @@ def check_agent_fits(config: RunConfig) -> None:
 
 def _check_ramps_end(config: RunConfig, size: int) -> None:
     """Refuse ramps that updates of ``size`` episodes do not come to the end of, if none costs more than its text."""
-    from ffgym.envs.schedule import Schedule  # gymnasium
-
-    table, windows, target = config.schedule, config.episode_windows, config.prune.ends[1]
-    ramps = Schedule(target, windows, table.sparsity_start, table.sparsity, table.fidelity, table.ramp_episodes)
+    ramps = schedule_of(config)
     episodes, spent, last = 0, 0, ramps.stage(0.0)
-    while spent < config.search.episodes * windows:
+    while spent < config.search.episodes * ramps.windows:
         last = ramps.stage(0.0, episodes=episodes)
         spent, episodes = spent + size * last.windows, episodes + size
-    if last.fidelity < 1 or last.sparsity < NEARLY * target:
+    if last.fidelity < 1 or last.sparsity < NEARLY * ramps.target:
         raise ConfigError(
-            f"schedule.ramp_episodes = {table.ramp_episodes:,} is too many for a search of at most {episodes:,} "
+            f"schedule.ramp_episodes = {ramps.ramp_episodes:,} is too many for a search of at most {episodes:,} "
             f"episodes: its last update would be at sparsity {last.sparsity:.3g} and fidelity {last.fidelity:.3g}",
             hint="Lower it, raise search.episodes, or leave it out: the ramps then take half of the tokens.",
         )

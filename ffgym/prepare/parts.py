@@ -29,7 +29,6 @@ from ffgym.data.corpora import Role, check_text
 from ffgym.data.examples import EncodedExample, check_search_tasks, encode, search_examples
 from ffgym.data.splits import ROLES, Splits, make_splits
 from ffgym.envs.pruning_env import PruningEnv
-from ffgym.envs.schedule import Schedule
 from ffgym.errors import ConfigError, ModelError, PluginError, WorkerError
 from ffgym.evaluation.evaluator import Evaluator, ModelEvaluator
 from ffgym.evaluation.perplexity import check_logits
@@ -397,21 +396,6 @@ def evaluator_of(
         calibrated=calibration_class(config.prune.calibration).in_reward,
         tokens_per_batch=tokens_per_batch(prepared.prunable.model.device),
         known=None if prepared.store is None else prepared.store / ADDED_TO,
-    )
-
-
-def make_schedule(config: RunConfig, env: PruningEnv) -> Schedule:
-    """The ramps of a run."""
-    table = config.schedule
-    low, high = config.prune.ends
-    return Schedule(
-        target=high,
-        windows=env.episode_windows,
-        start=table.sparsity_start,
-        sparsity=table.sparsity,
-        fidelity=table.fidelity,
-        ramp_episodes=table.ramp_episodes,
-        low=low if config.prune.is_range else None,
     )
 
 
