@@ -260,12 +260,12 @@ class _Incumbents:
 
     def __init__(self, task: Task, agent: Agent, marks: int) -> None:
         search, env = task.config.search, task.env
-        budget = search.episodes * env.episode_windows * env.window_tokens
+        budget = search.episodes * env.episode_tokens
         self.noted: list[tuple[int, Allocation]] = []
         self._task, self._agent = task, agent
         self._history: list[Episode] = []
         self._spent = 0
-        update = agent.update_cost(search.episodes_per_update) * env.episode_windows * env.window_tokens
+        update = agent.update_cost(search.episodes_per_update) * env.episode_tokens
         self._marks = np.unique(np.geomspace(min(update, budget), budget, marks).astype(int)).tolist()
 
     def episode(self, episode: Episode) -> None:

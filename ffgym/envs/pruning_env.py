@@ -206,6 +206,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         """Tokens in one window, and so what evaluating it costs the search."""
         return int(self.windows.shape[1])
 
+    @property
+    def episode_tokens(self) -> int:
+        """Tokens in the windows of an episode at full fidelity."""
+        return self.episode_windows * self.window_tokens
+
     def recall(self, objectives: Sequence[str]) -> None:
         """Take note of what an episode that was measured before called its objectives."""
         self._objectives = tuple(objectives)

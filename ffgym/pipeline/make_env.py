@@ -76,7 +76,7 @@ def make_pruning_vector_env(
         raise DataError(f"num_envs is {num_envs}: an update needs episodes", hint="Give 1 or more.")
     config = _resolved(config, tables, num_workers)
     env = _pruning_env(config, num_envs, render_mode)
-    budget = config.search.episodes * env.episode_windows * env.window_tokens
+    budget = config.search.episodes * env.episode_tokens
     return PruningVectorEnv(env, schedule_of(config), num_envs=num_envs, token_budget=budget)
 
 

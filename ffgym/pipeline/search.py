@@ -18,7 +18,7 @@ from ffgym.report.layout import percent
 from ffgym.report.progress import Reporter
 from ffgym.search.finals import expected_tokens, finals_examples, finals_windows
 from ffgym.search.log import count_episodes
-from ffgym.search.loop import SearchInterrupted, SearchResult, SearchSettings, search_front
+from ffgym.search.loop import SearchInterrupted, SearchResult, search_front
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import Episode, Update, do_nothing
 
@@ -90,16 +90,14 @@ def tracked_search(
         prefix: what MLflow's names of the metrics begin with.
     """
     config, env = task.config, task.env
-    settings = SearchSettings(config.search.episodes, config.search.episodes_per_update, config.search.finalists)
-    size = env.episode_windows * env.window_tokens
     finals = 0
     if agent.searches:
         own = env.tokens(finals_windows(env, config.seed), finals_examples(env, config.seed))
-        finals = expected_tokens(settings.finalists, own, agent.recommendations, env.reserved)
+        finals = expected_tokens(config.search.finalists, own, agent.recommendations, env.reserved)
     earlier = count_episodes(log) if log.exists() else 0
     if earlier:
         progress.print(f"{label}: {earlier} episodes of earlier sessions are read from {log.name}")
-    total = settings.episodes * size + finals * len(config.targets)
+    total = config.search.episodes * env.episode_tokens + finals * len(config.targets)
     with progress.stage(label, total, "tokens") as stage:
 
         def episode_done(episode: Episode) -> None:
@@ -114,9 +112,11 @@ def tracked_search(
         return search_front(
             env,
             agent,
-            settings,
             schedule_of(config),
             config.targets,
+            episodes=config.search.episodes,
+            episodes_per_update=config.search.episodes_per_update,
+            finalist_count=config.search.finalists,
             seed=config.seed,
             log=log,
             on_episode=episode_done,

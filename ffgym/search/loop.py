@@ -23,15 +23,6 @@ from ffgym.types import Episode, OnShare, Update, do_nothing
 
 
 @dataclass(frozen=True)
-class SearchSettings:
-    """How long a search is, and how many meet in its finals; the fields are those of the table ``[search]``."""
-
-    episodes: int  # at full fidelity; times the tokens of an episode they are the token budget
-    episodes_per_update: int  # episodes that one policy update learns from
-    finalists: int  # allocations that are measured again, on what the environment reserves
-
-
-@dataclass(frozen=True)
 class SearchResult:
     """The result of a search.
 
@@ -78,10 +69,12 @@ class SearchInterrupted(KeyboardInterrupt):
 def search_front(
     env: PruningEnv,
     agent: Agent,
-    settings: SearchSettings,
     schedule: Schedule,
     targets: Sequence[float],
     *,
+    episodes: int,
+    episodes_per_update: int,
+    finalist_count: int,
     seed: int,
     log: Path | None = None,
     on_episode: Callable[[Episode], None] = do_nothing,
@@ -95,9 +88,11 @@ def search_front(
     Args:
         env: the stationary task.
         agent: who searches.
-        settings: how long it searches, and how it chooses.
         schedule: ramps, or the range that the updates' targets are drawn from.
         targets: the points of the front, rising; one for a search at a single target.
+        episodes: at full fidelity; times the tokens of an episode they are the token budget.
+        episodes_per_update: episodes that one policy update learns from.
+        finalist_count: allocations that are measured again, on what the environment reserves.
         seed: of the agent and of the subsets: same seed, same search, bit for bit at equal thread count.
         log: JSONL file of episodes. What it holds already is replayed instead of measured, so that an interrupted
             search goes on where it stopped.
@@ -126,8 +121,8 @@ def search_front(
         vector = _SearchEnv(
             env,
             schedule,
-            num_envs=agent.update_size(settings.episodes_per_update),
-            token_budget=settings.episodes * env.episode_windows * env.window_tokens,
+            num_envs=agent.update_size(episodes_per_update),
+            token_budget=episodes * env.episode_tokens,
             slope_episodes=agent.slope_episodes,
             # A log's objectives can then be compared within an update: they depend on the text and the examples.
             pair_text=agent.pair_text and not env.reward.has_objectives,
@@ -157,7 +152,7 @@ def search_front(
             _learn(agent, vector, seed, on_update)
             recorder.count()
             for target, own in zip(targets, starts, strict=True):
-                candidates = contenders(env, agent, vector.history, settings.finalists, target, reach, own)
+                candidates = contenders(env, agent, vector.history, finalist_count, target, reach, own)
                 points.append(found(target, *run_finals(env, candidates, seed, on_finals)))
                 on_point(points[-1])
         except KeyboardInterrupt as stop:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from ffgym.config.tables import SearchTable
 from ffgym.criteria.wanda import Wanda
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.schedule import Schedule
@@ -17,7 +16,7 @@ from ffgym.rewards.perplexity import Perplexity
 from ffgym.search.loop import search_front
 from ffgym.testing.models import tiny_model
 
-SETTINGS = SearchTable(episodes=24, episode_tokens=64, episodes_per_update=4, finalists=3)
+SETTINGS = {"episodes": 24, "episodes_per_update": 4, "finalist_count": 3}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def found(env, name, log):
     agent = manager.create("agent", name)
     agent.prior_mean = np.linspace(-0.5, 0.5, env.action_space.shape[0]).astype(np.float32)
     schedule = Schedule(0.2, env.episode_windows, sparsity="cubic")
-    (found,) = search_front(env, agent, SETTINGS, schedule, [env.sparsity], seed=3, log=log)
+    (found,) = search_front(env, agent, schedule, [env.sparsity], **SETTINGS, seed=3, log=log)
     return found
 
 

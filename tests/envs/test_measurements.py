@@ -14,7 +14,7 @@ from measured_alone import Recording, answered_right, compared, final_hidden
 
 import ffgym
 from ffgym.agents.random_search import RandomSearch
-from ffgym.config.tables import RunConfig, SearchTable
+from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
 from ffgym.envs.pruning_env import PruningEnv
@@ -219,8 +219,8 @@ class TestExamplesAreDrawn:
     def test_finals_have_an_example_for_every_window_however_few_there_are(self, measuring):
         reward = MultiObjective(MultiObjective.Config(examples=1, resource="kv"))
         env = measuring(reward, reserved=6, episode_windows=2)
-        settings = SearchTable(episodes=4, episode_tokens=64, episodes_per_update=4, finalists=2)
-        (found,) = search_front(env, RandomSearch(), settings, Schedule(0.3, 2), [env.sparsity], seed=0)
+        settings = {"episodes": 4, "episodes_per_update": 4, "finalist_count": 2}
+        (found,) = search_front(env, RandomSearch(), Schedule(0.3, 2), [env.sparsity], seed=0, **settings)
         assert 0 <= found.best.objectives["accuracy"] <= 1
 
     def test_those_of_the_finals_count_in_their_progress(self, measuring):

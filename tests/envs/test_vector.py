@@ -34,7 +34,7 @@ def vector_of(env, schedule=None, *, num_envs=3, episodes=9, **options):
         env,
         schedule or Schedule(env.sparsity, env.episode_windows),
         num_envs=num_envs,
-        token_budget=episodes * env.episode_windows * env.window_tokens,
+        token_budget=episodes * env.episode_tokens,
         **options,
     )
 

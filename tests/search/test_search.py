@@ -15,7 +15,6 @@ from measured_alone import Recording
 
 from ffgym.agents.one_shot import OneShot
 from ffgym.agents.random_search import RandomSearch
-from ffgym.config.tables import SearchTable
 from ffgym.costs.resource import standard_costs
 from ffgym.envs.schedule import Schedule
 from ffgym.errors import DataError, PluginError
@@ -27,7 +26,7 @@ from ffgym.search.log import read_log
 from ffgym.search.loop import SearchInterrupted, search_front
 from ffgym.types import do_nothing
 
-SETTINGS = SearchTable(episodes=12, episode_tokens=64, episodes_per_update=4, finalists=3)
+SETTINGS = {"episodes": 12, "episodes_per_update": 4, "finalist_count": 3}
 RAMPS = Schedule(0.3, 2, sparsity="cubic", fidelity="cubic")
 
 
@@ -43,7 +42,7 @@ def env(make_env):
 
 
 def searched(env, agent=None, *, seed=3, schedule=RAMPS, settings=SETTINGS, **options):
-    (found,) = search_front(env, agent or RandomSearch(), settings, schedule, [env.sparsity], seed=seed, **options)
+    (found,) = search_front(env, agent or RandomSearch(), schedule, [env.sparsity], seed=seed, **settings, **options)
     return found
 
 
@@ -174,7 +173,7 @@ class TestObjectives:
         return env
 
     def test_a_search_that_is_read_from_its_log_ends_in_the_same_finals(self, traded, make_env, tmp_path):
-        log, settings = tmp_path / "episodes.jsonl", SETTINGS.model_copy(update={"episodes": 40, "finalists": 2})
+        log, settings = tmp_path / "episodes.jsonl", {**SETTINGS, "episodes": 40, "finalist_count": 2}
         first = searched(traded, settings=settings, schedule=Schedule(0.3, 2), log=log)
         again = make_env(sparsity=0.3)
         again.reward, again.prices = traded.reward, traded.prices
@@ -398,7 +397,7 @@ class TestSeconds:
         assert searched(slow(), log=log).seconds == found.seconds, "a replay takes no time"
 
     def test_every_point_of_a_front_has_that_of_its_own_finals(self, slow):
-        points = search_front(slow(), RandomSearch(), SETTINGS, Schedule(0.3, 2, low=0.1), (0.1, 0.2, 0.3), seed=3)
+        points = search_front(slow(), RandomSearch(), Schedule(0.3, 2, low=0.1), (0.1, 0.2, 0.3), seed=3, **SETTINGS)
         assert [point.final_seconds for point in points] == [point.final_tokens / 32 for point in points]
         assert len({point.seconds - point.final_seconds for point in points}) == 1, "the search is the same"
 
@@ -414,9 +413,8 @@ class TestFront:
         return make_env(sparsity=0.2)
 
     def fronted(self, env, agent=None, **options):
-        return search_front(
-            env, agent or RandomSearch(), SETTINGS, options.pop("schedule", self.RANGE), self.TARGETS, seed=3, **options
-        )
+        schedule = options.pop("schedule", self.RANGE)
+        return search_front(env, agent or RandomSearch(), schedule, self.TARGETS, seed=3, **SETTINGS, **options)
 
     def test_every_point_is_chosen_at_its_own_target(self, env):
         points = []
