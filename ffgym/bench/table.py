@@ -7,6 +7,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ffgym.config.mixture import described
 from ffgym.files import Count
 from ffgym.report.figures import SERIES, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, counted, numeric, percent
-from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
+from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference, standard_error
 from ffgym.types import JSONDict, perplexity_of
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ class BenchTable:
 
     def layout(self) -> Table[BenchRow]:
         """What stands where."""
+        refit: Column[BenchRow] = numeric(
+            "without any refit",
+            lambda row: str(row.plain or "—"),
+            lambda row: {"perplexity_without_refit": row.plain and row.plain.value},
+        )
         columns: list[Column[BenchRow]] = [
             Column("agent", lambda row: row.label, left=True, plain=lambda row: {"label": row.label}),
             numeric(
@@ -143,40 +149,25 @@ class BenchTable:
                 lambda row: {"perplexity": row.perplexity.value, "perplexity_stderr": row.perplexity.stderr},
             ),
             numeric("x dense", lambda row: f"{row.times_dense:.2f}", lambda row: {"ratio_to_dense": row.times_dense}),
-            numeric("nats against best heuristic", self._against, lambda row: difference_data(row.difference)),
-            numeric(
-                "without any refit",
-                lambda row: str(row.plain or "—"),
-                lambda row: {"perplexity_without_refit": row.plain and row.plain.value},
+            *difference_columns(
+                self.rows,
+                "best heuristic",
+                lambda row: row.difference,
+                lambda row: "best heuristic" if row.label == self.heuristic else "—",
             ),
+            *([refit] if any(row.plain for row in self.rows) else []),
             numeric("seeds", lambda row: str(row.seeds), lambda row: {"seeds": row.seeds}, spare=True),
             Column("dtype", lambda row: row.dtypes, left=True, plain=lambda row: {"dtype": row.dtypes}, spare=True),
             numeric("tokens", lambda row: f"{row.tokens:,.0f}", lambda row: {"tokens": row.tokens}, spare=True),
             numeric("seconds", lambda row: f"{row.seconds:.0f}", lambda row: {"seconds": row.seconds}, spare=True),
-            *map(_difference_from, self.baselines),
+            *chain.from_iterable(map(self._differences_from, self.baselines)),
             *map(_tokens_to, self.baselines),
         ]
-        unknown = {
-            "without any refit": not any(row.plain for row in self.rows),
-            "nats against best heuristic": not any(row.difference for row in self.rows),
-            **{_against(name): not any(row.differences[name] for row in self.rows) for name in self.baselines},
-        }
-        return Table([column for column in columns if not unknown.get(column.head)], self.rows)
+        return Table(columns, self.rows)
 
-    def _against(self, row: BenchRow) -> str:
-        return "best heuristic" if row.label == self.heuristic else str(row.difference or "—")
-
-
-def _against(baseline: str) -> str:
-    return f"nats against {baseline}"
-
-
-def _difference_from(baseline: str) -> Column[BenchRow]:
-    def plain(row: BenchRow) -> JSONDict:
-        found = row.differences[baseline]
-        return {f"{key}_from_{baseline}": value for key, value in difference_data(found).items()}
-
-    return numeric(_against(baseline), lambda row: str(row.differences[baseline] or "—"), plain, spare=True)
+    def _differences_from(self, baseline: str) -> list[Column[BenchRow]]:
+        found, suffix = lambda row: row.differences[baseline], f"_from_{baseline}"
+        return difference_columns(self.rows, baseline, found, suffix=suffix, spare=True)
 
 
 def _tokens_to(baseline: str) -> Column[BenchRow]:
@@ -247,9 +238,8 @@ def _header(results: Sequence[CellResult], rows: Sequence[BenchRow]) -> str:
     )
     if any(row.difference or any(row.differences.values()) for row in rows):
         said += (
-            " Nats per token are differences on the same windows, ± half of the 95 % interval"
-            f"{', which both windows and seeds widen' * repeated}; below 0 is better, and a tie is an interval that "
-            "holds 0."
+            f" Nats per token are differences on the same windows, {MARGIN}"
+            f"{', which both windows and seeds widen' * repeated}; {SIGN}"
         )
         if any(row.seeds == 1 and row.label in searches for row in rows):
             said += (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ffgym.measure.task_definitions import TaskSet
 from ffgym.measure.tasks import Figure, ModelScores, paper_means
 from ffgym.report.layout import Column, Table, strict
-from ffgym.report.paired import Difference, difference_data, paired_difference
+from ffgym.report.paired import MARGIN, SIGN, Difference, difference_data, paired_difference
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -132,10 +132,7 @@ def _notes(table: TaskTable) -> list[str]:
         windows = " or ".join(f"{window:,}" for window in sorted({text.window for text in texts}))
         notes.append(f"The examples of a text are windows of {windows} tokens.")
     if texts and len(table.models) > 1:
-        notes.append(
-            f"{DIFFERENCE}: from {table.models[0].name} on the same windows, nats per token, ± half of the 95 %"
-            " interval; below 0 is better."
-        )
+        notes.append(f"{DIFFERENCE}: from {table.models[0].name} on the same windows, nats per token, {MARGIN}; {SIGN}")
     if table.limit is not None and len(texts) < sum(len(model.results) for model in table.models):
         notes.append(f"Only the first {table.limit:,} examples of each task: for a quick look, not for comparison.")
     if not table.complete:

@@ -10,7 +10,7 @@ from ffgym.errors import ModelError
 from ffgym.files import FileFormat
 from ffgym.report.card import TAGS, loading
 from ffgym.report.layout import Column, Table, humane
-from ffgym.report.paired import Difference, difference_data, paired_difference, standard_error
+from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference, standard_error
 from ffgym.types import Evaluation, JSONDict
 
 CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
@@ -35,6 +35,7 @@ class RecoveryTable:
 
     def layout(self) -> Table[Measured]:
         """What stands where."""
+        differences = difference_columns(self.rows, "before", self._difference, lambda _: "")
         columns: list[Column[Measured]] = [
             Column(
                 "model",
@@ -44,17 +45,10 @@ class RecoveryTable:
                 look={"overflow": "fold"},
             ),
             Column("perplexity", _perplexity, plain=_losses),
-            Column(
-                "nats against before",
-                lambda row: str(self._difference(row) or ""),
-                plain=lambda row: difference_data(self._difference(row)),
-            ),
+            *differences,
             Column("params", lambda row: humane(row.parameters), plain=lambda row: {"parameters": row.parameters}),
         ]
-        notes = [
-            "Nats per token against before, on the same windows, ± half of the 95 % interval; below 0 is better, and a "
-            "tie is an interval that holds 0."
-        ]
+        notes = [f"Nats per token against before, on the same windows, {MARGIN}; {SIGN}"] if differences else []
         if len(self.rows[0].evaluation.losses) > 1:
             notes.append("Perplexity: ± one standard error over windows.")
         return Table(columns, self.rows, [*notes, self.header], space=1)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffgym.report.figures import BLACK, BLUE, default_style, new_figure, save_figure, tidy
-from ffgym.report.layout import Column, Table, humane, percent, stacked
-from ffgym.report.paired import Difference, difference_data, paired_difference
+from ffgym.report.layout import Column, Table, humane, percent
+from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference
 from ffgym.report.table import ReportTable, Row, perplexity_text
 
 if TYPE_CHECKING:
@@ -64,11 +64,11 @@ class Comparison:
                 plain=lambda run: {"perplexity": run.result.perplexity, "loss_stderr": run.result.loss_stderr},
             ),
             Column("x dense", _times_dense, plain=lambda run: {"ratio_to_dense": run.table.times_dense(run.result)}),
-            Column(
-                f"nats against {self.reference.name}",
-                self._against,
-                plain=lambda run: difference_data(self.difference(run)),
-                console_head=stacked(f"nats against {self.reference.name}"),
+            *difference_columns(
+                self.runs,
+                self.reference.name,
+                self.difference,
+                lambda run: "reference" if run is self.reference else "—",
             ),
             _spare("params", lambda run: run.result.parameters, humane),
             _spare("sparsity", lambda run: run.result.sparsity_prunable, "{:.1%}".format),
@@ -76,12 +76,7 @@ class Comparison:
             _spare("criterion", lambda run: run.criterion, str, left=True),
             _spare("resource", lambda run: run.resource, str, left=True),
         ]
-        if not any(self.difference(run) for run in self.runs):
-            del columns[3]
         return Table(columns, self.runs, self._notes())
-
-    def _against(self, run: ComparedRun) -> str:
-        return "reference" if run is self.reference else str(self.difference(run) or "—")
 
     def _notes(self) -> list[str]:
         name = self.reference.name
@@ -93,8 +88,8 @@ class Comparison:
         notes += [f"{run.name} differs from {name}: {run.changes}." for run in self.runs if run.changes]
         if any(self.difference(run) for run in self.runs):
             notes.append(
-                f"Nats per token against {name}, on the same {len(self.reference.result.losses)} "
-                "windows, ± half of the 95 % interval; below 0 is better, and a tie is an interval that holds 0."
+                f"Nats per token against {name}, on the same {len(self.reference.result.losses)} windows, "
+                f"{MARGIN}; {SIGN}"
             )
         return [*notes, *(f"{run.name}: {run.table.warning}" for run in self.runs if run.table.warning)]
 

@@ -8,18 +8,22 @@ their seeds widen it (Welch and Satterthwaite).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ffgym.report.layout import Column, R, numeric
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+# how a table explains its differences
+MARGIN = "± half of the 95 % interval"
+SIGN = "below 0 is better, and a tie is an interval that holds 0."
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,32 @@ def difference_data(found: Difference | None) -> JSONDict:
     }
 
 
+def difference_columns(
+    rows: Sequence[R],
+    against: str,
+    difference: Callable[[R], Difference | None],
+    otherwise: Callable[[R], str] = lambda _: "—",
+    *,
+    suffix: str = "",
+    spare: bool = False,
+) -> list[Column[R]]:
+    """The column of a table's differences; none where no row has one.
+
+    Args:
+        against: what the rows differ from.
+        otherwise: writes the cell of a row without a difference.
+        suffix: of the column's keys in JSON.
+    """
+
+    def plain(row: R) -> JSONDict:
+        return {f"{key}{suffix}": value for key, value in difference_data(difference(row)).items()}
+
+    def text(row: R) -> str:
+        return str(difference(row) or otherwise(row))
+
+    return [numeric(f"nats against {against}", text, plain, spare=spare)] if any(map(difference, rows)) else []
+
+
 def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | None:
     """Standard error of the mean; ``None`` for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
@@ -85,13 +115,13 @@ def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | Non
 
 def margin(*samples: Sequence[float] | NDArray[np.float64]) -> float:
     """Half the 95 % interval of a sum of independent samples' means (Welch, Satterthwaite); infinite for one value."""
-    from scipy.special import stdtrit  # scipy takes a while to import, and not every command prints a table
-
     errors = [standard_error(values) for values in samples]
     if None in errors:
         return math.inf
     variances = np.array(errors, dtype=float) ** 2
     if not (variance := variances.sum()):
         return 0.0
+    from scipy.special import stdtrit  # scipy takes a while to import, and not every command prints a table
+
     freedom = 1 / sum((variances / variance) ** 2 / [len(values) - 1 for values in samples])
     return float(np.sqrt(variance) * stdtrit(freedom, (1 + CONFIDENCE) / 2))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import FiniteFloat
 
 from ffgym.files import Count
 from ffgym.report.layout import STAR, Column, Table, numeric
-from ffgym.report.paired import Difference, difference_data, paired_difference
+from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference
 from ffgym.types import Bos
 
 DESTROYED = 10.0  # times the dense perplexity; such a model is of no use
@@ -175,7 +175,7 @@ class ReportTable:
 
     def layout(self) -> Table[Row]:
         """What stands where; a console shows it down to 80 columns, also without colours."""
-        best = self.best
+        best, best_heuristic = self.best, self.best_heuristic
         columns: list[Column[Row]] = [
             Column(
                 "model",
@@ -195,7 +195,9 @@ class ReportTable:
                 bold=True,
             ),
             numeric("x dense", self._times_dense, lambda row: {"ratio_to_dense": self.times_dense(row)}),
-            *([self._against()] if any(self.difference(row) for row in self.rows) else []),
+            *difference_columns(
+                self.rows, "best heuristic", self.difference, lambda row: "best heuristic" * (row is best_heuristic)
+            ),
             _share("sparsity prunable", lambda row: row.sparsity_prunable),
             _share("sparsity model", lambda row: row.sparsity_model),
             *(_cost(index, cost.column) for index, cost in enumerate(self.rows[0].costs)),
@@ -229,14 +231,6 @@ class ReportTable:
         ratio = self.times_dense(row)
         return "" if row.is_dense or ratio is None else f"{ratio:,.2f}"
 
-    def _against(self) -> Column[Row]:
-        best = self.best_heuristic
-
-        def cell(row: Row) -> str:
-            return "best heuristic" if row is best else str(self.difference(row) or "")
-
-        return numeric("nats against best heuristic", cell, lambda row: difference_data(self.difference(row)))
-
     def _refit_notes(self) -> list[str]:
         """Say so where the saved refit is clearly worse than none."""
         plain, saved = next((row for row in self.rows if row.is_found and not row.refit), None), self.saved
@@ -257,21 +251,15 @@ class ReportTable:
             looks.append(f"Bold: the saved model{'s' * (saved > 1)}.")
         signs = [" ".join(looks)]
         if any(self.difference(row) for row in self.rows):
-            signs.append(
-                "Nats per token against the best heuristic on the same windows, ± half of the 95 % interval; below 0 "
-                "is better, and a tie is an interval that holds 0."
-            )
+            signs.append(f"Nats per token against the best heuristic on the same windows, {MARGIN}; {SIGN}")
         return [*signs, *(f"{row.label}: {row.note}." for row in self.rows if row.note)]
 
 
 def taken_by_every_row() -> tuple[set[str], set[str]]:
     """Keys in JSON and heads of columns that no cost can have."""
-    row = Row("", 1.0, None, 0.0, 0.0, ())
-    table = ReportTable((row,), header="")
-    layout = table.layout()
-    columns = [*layout.columns, table._against()]
-    keys = {key for column in columns if column.plain is not None for key in column.plain(row)}
-    return keys | layout.plain(row).keys(), {column.head for column in columns}
+    row = Row("", 1.0, None, 1.0, 0.0, (), losses=(0.0,))
+    layout = ReportTable((row, replace(row, is_heuristic=True)), header="").layout()
+    return set(layout.as_dicts()[0]), {column.head for column in layout.columns}
 
 
 def _lowest(rows: Iterable[Row]) -> Row | None:
