@@ -25,7 +25,7 @@ from ffgym.report.comparison import differences_figure
 from ffgym.report.figures import allocations_figure, reward_figure, units_kept_figure
 from ffgym.report.front import Front, front_figure, point_name
 from ffgym.report.layout import strict
-from ffgym.report.table import ReportTable, Row, perplexity_text
+from ffgym.report.table import ReportTable, Row
 from ffgym.search.loop import SearchResult
 from ffgym.search.policy import policy_text
 from ffgym.tracking.names import Result, parameters
@@ -124,7 +124,7 @@ def description(table: ReportTable, saved: SavedModel | None) -> str:
     """What MLflow shows on the page of a run: its result, its table, how to load the model, how to repeat the run."""
     row, dense = table.result, table.dense
     reached = f"{row.perplexity / dense.perplexity:.2f} x dense, at {row.sparsity_prunable:.1%} sparsity"
-    parts = [f"**Perplexity {perplexity_text(row)}**, {reached}", table.layout().markdown()]
+    parts = [f"**Perplexity {row.perplexity_text}**, {reached}", table.layout().markdown()]
     if saved is not None:
         parts.append(f"Load the pruned model:\n\n```python\n{load_line(saved.path)}\n```")
     return "\n\n".join([*parts, REPEAT])

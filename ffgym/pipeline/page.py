@@ -16,7 +16,6 @@ from ffgym.recover.folders import output_folder
 from ffgym.report.front import Front
 from ffgym.report.layout import Table, percent
 from ffgym.report.page import Page
-from ffgym.report.table import perplexity_text
 from ffgym.search.log import read_log
 
 
@@ -78,7 +77,7 @@ def _loading(run: StoredRun, front: Front | None) -> dict[str, str]:
             saved = [row for row in table.rows if row.is_saved] if table is not None else []
         else:
             saved = [found[target]] if target in found else []
-        rows = [f"{row.label}: perplexity {perplexity_text(row)}" for row in saved]
+        rows = [f"{row.label}: perplexity {row.perplexity_text}" for row in saved]
         rows += ["the saved model", "the same model, trained afterwards"][len(rows) :]
         if table is not None and not table.rows[-1].is_saved:  # a training that was undone
             del rows[1:]

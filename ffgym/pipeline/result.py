@@ -18,7 +18,7 @@ from ffgym.recover.folders import output_folder
 from ffgym.recover.result import RecoveredModel
 from ffgym.report.front import Front
 from ffgym.report.layout import strict
-from ffgym.report.table import ReportTable, perplexity_text
+from ffgym.report.table import ReportTable
 from ffgym.search.loop import SearchResult
 from ffgym.types import JSONDict
 
@@ -47,7 +47,7 @@ class RunResult:
 
     def __repr__(self) -> str:
         row, dense = self.table.result, self.table.dense
-        figures = f"{row.label} {perplexity_text(row)}, dense {perplexity_text(dense)}"
+        figures = f"{row.label} {row.perplexity_text}, dense {dense.perplexity_text}"
         return f"<RunResult in {self.folder}: perplexity of {figures}>"
 
     def _repr_markdown_(self) -> str:

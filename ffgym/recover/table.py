@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from ffgym.files import FileFormat
 from ffgym.report.card import TAGS, loading
 from ffgym.report.layout import Column, Table, humane
 from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference, standard_error
+from ffgym.report.table import perplexity_text
 from ffgym.types import Evaluation, JSONDict
 
 CARD = FileFormat("model card", str, ModelError, "Write it again as UTF-8 text, or delete it.")
@@ -60,7 +62,8 @@ class RecoveryTable:
 
 def _perplexity(row: Measured) -> str:
     perplexity, error = row.evaluation.perplexity, standard_error(row.evaluation.losses)
-    return f"{perplexity:,.2f}" + ("" if error is None else f" ± {perplexity * error:,.2f}")
+    spread = "" if error is None or not math.isfinite(perplexity) else f" ± {perplexity_text(perplexity * error)}"
+    return perplexity_text(perplexity) + spread
 
 
 def _losses(row: Measured) -> JSONDict:

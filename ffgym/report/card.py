@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub.repocard import metadata_load
 
 from ffgym.report.layout import Column, Table, humane
-from ffgym.report.table import ReportTable, Row, perplexity_text
+from ffgym.report.table import ReportTable, Row
 from ffgym.types import Allocation, Kind, Sublayer
 
 TAGS = ("ffgym", "pruning", "structured-pruning")
@@ -136,8 +136,8 @@ def _summary(
     return (
         f"This is {origin} with {allocation.sparsity:.1%} of the {quantity} of its {halves} removed, by structured "
         "pruning. ffgym searched how much of each sublayer goes.\n\n"
-        f'It is the row "{saved.label}" of the table: perplexity {perplexity_text(saved)}, where the dense model has '
-        f"{perplexity_text(dense)}; {humane(saved.parameters)} parameters instead of {humane(dense.parameters)}."
+        f'It is the row "{saved.label}" of the table: perplexity {saved.perplexity_text}, where the dense model has '
+        f"{dense.perplexity_text}; {humane(saved.parameters)} parameters instead of {humane(dense.parameters)}."
     )
 
 

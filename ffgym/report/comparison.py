@@ -13,7 +13,7 @@ import numpy as np
 from ffgym.report.figures import BLACK, BLUE, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import Column, Table, humane, percent
 from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference
-from ffgym.report.table import ReportTable, Row, perplexity_text
+from ffgym.report.table import ReportTable, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ class Comparison:
             Column("run", lambda run: run.name, left=True, plain=lambda run: {"run": run.name}),
             Column(
                 "perplexity",
-                lambda run: perplexity_text(run.result),
+                lambda run: run.result.perplexity_text,
                 plain=lambda run: {"perplexity": run.result.perplexity, "loss_stderr": run.result.loss_stderr},
             ),
             Column("x dense", _times_dense, plain=lambda run: {"ratio_to_dense": run.table.times_dense(run.result)}),

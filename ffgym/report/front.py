@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ffgym.report.figures import BLUE, REFERENCE_LOOKS, default_style, new_figure, save_figure, tidy
 from ffgym.report.layout import STAR, Table, humane, text_columns
 from ffgym.report.paired import paired_difference
-from ffgym.report.table import Row, perplexity_text
+from ffgym.report.table import Row
 from ffgym.types import Allocation
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Front:
 
     def layout(self) -> Table[Sequence[str]]:
         """Target, perplexity under every label, and the size of what was found; the lowest has a star."""
-        dense = ["0% (dense)", *[perplexity_text(self.dense)] * len(self.labels), humane(self.dense.parameters)]
+        dense = ["0% (dense)", *[self.dense.perplexity_text] * len(self.labels), humane(self.dense.parameters)]
         notes = [
             "* lowest perplexity at that sparsity; tie: the 95 % interval of the difference from it, on the same "
             "windows, holds 0. All after the same refit.",
@@ -76,7 +76,7 @@ class Front:
     def _cells(self, point: FrontPoint) -> list[str]:
         rows = [self.row(point, label) for label in self.labels]
         best = min((row for row in rows if math.isfinite(row.perplexity)), key=lambda r: r.perplexity, default=None)
-        perplexities = (perplexity_text(row) + (_mark(row, best) if best else "") for row in rows)
+        perplexities = (row.perplexity_text + (_mark(row, best) if best else "") for row in rows)
         return [f"{point.target:.1%}", *perplexities, humane(point.found.parameters)]
 
 

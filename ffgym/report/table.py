@@ -68,6 +68,11 @@ class Row:
         return {cost.key: cost.value for cost in self.costs}
 
     @property
+    def perplexity_text(self) -> str:
+        """Its perplexity as tables print it."""
+        return perplexity_text(self.perplexity)
+
+    @property
     def parameters(self) -> float:
         """Parameters of the whole model."""
         return self.values["parameters"]
@@ -95,7 +100,7 @@ class ReportTable:
     has_objectives: bool = False
 
     def __repr__(self) -> str:
-        return f"<ReportTable: {', '.join(f'{row.label} {perplexity_text(row)}' for row in self.rows)}>"
+        return f"<ReportTable: {', '.join(f'{row.label} {row.perplexity_text}' for row in self.rows)}>"
 
     def _repr_markdown_(self) -> str:
         return self.layout().markdown()
@@ -169,8 +174,8 @@ class ReportTable:
         if ratio is not None and ratio < DESTROYED:
             return None
         return (
-            f"The pruned model is destroyed: its perplexity is {perplexity_text(self.result)}, where the dense model "
-            f"has {perplexity_text(self.dense)}. Remove less (--sparsity), or train it afterwards (ffgym recover)."
+            f"The pruned model is destroyed: its perplexity is {self.result.perplexity_text}, where the dense model "
+            f"has {self.dense.perplexity_text}. Remove less (--sparsity), or train it afterwards (ffgym recover)."
         )
 
     def layout(self) -> Table[Row]:
@@ -188,7 +193,7 @@ class ReportTable:
             numeric(
                 "perplexity",
                 lambda row: (
-                    perplexity_text(row)
+                    row.perplexity_text
                     + (STAR if best and not row.is_dense and row.perplexity == best.perplexity else "")
                 ),
                 lambda row: {"perplexity": row.perplexity, "loss_stderr": row.loss_stderr},
@@ -292,10 +297,8 @@ def bos_text(bos: Bos) -> str:
     ]
 
 
-def perplexity_text(row: Row) -> str:
+def perplexity_text(perplexity: float) -> str:
     """Write a perplexity with two decimals."""
-    if math.isnan(row.perplexity):
-        return "NaN"
-    if math.isinf(row.perplexity):
-        return "inf"
-    return f"{row.perplexity:.2e}" if row.perplexity >= 1e5 else f"{row.perplexity:,.2f}"
+    if not math.isfinite(perplexity):
+        return "NaN" if math.isnan(perplexity) else "inf"
+    return f"{perplexity:.2e}" if perplexity >= 1e5 else f"{perplexity:,.2f}"

@@ -58,6 +58,15 @@ def test_the_table_compares_with_before(dense: bool) -> None:
     assert "-0.200 ± 0.430 tie" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [((14.0, 15.0), "1.98e+06 ± 9.91e+05"), ((800.0, 800.0), "inf"), ((math.nan, 2.0), "NaN")],
+)
+def test_a_destroyed_model_is_written_as_in_the_table_of_a_run(losses: tuple[float, ...], said: str) -> None:
+    rows = Measured("before", Evaluation((2.0, 3.0), 7), 1000), Measured("lora", Evaluation(losses, 7), 1000)
+    assert f"| lora | {said} |" in RecoveryTable(rows, "").layout().markdown()
+
+
 def test_plain_data_has_no_infinity() -> None:
     broken = RecoveryTable(
         (Measured("before", Evaluation((1000.0,), 7), 1), Measured("lora", Evaluation((math.nan,), 7), 1)), ""
