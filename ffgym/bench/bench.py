@@ -22,20 +22,41 @@ from rich.console import Console
 from ffgym.bench.cell import CELL_RESULT, MLFLOW_NOTE, Cell, write_result
 from ffgym.bench.checks import check_benches, check_dense_losses, unanswered
 from ffgym.bench.file import Bench, read_bench
-from ffgym.bench.queue import compute
+from ffgym.bench.queue import GOES_ON, Failure, compute
 from ffgym.bench.table import BenchTable, CellResult, bench_figure, bench_table, markdown
 from ffgym.config.tables import WorkersTable
 from ffgym.config.toml import CONFIGURATION, flatten
 from ffgym.costs.timing import computing_threads
+from ffgym.errors import FFGymError
 from ffgym.files import COPY, check_writable, disk_errors, write_text
 from ffgym.pipeline.agent import make_agent
 from ffgym.prepare.workers import cluster_of
+from ffgym.report.layout import counted
 from ffgym.report.progress import Reporter
 from ffgym.tracking.tracker import Tracker
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
+
+
+class CellsError(FFGymError):
+    """Cells of a bench failed, and the others are computed. The message has each error once, the notes how it came.
+
+    Args:
+        failures: at least one.
+        tables: of the cells that are there.
+    """
+
+    def __init__(self, failures: Sequence[Failure], tables: Sequence[BenchTable]) -> None:
+        cells: dict[str, list[str]] = {}
+        for failure in failures:
+            cells.setdefault(failure.error, []).append(failure.cell)
+        errors = [f"{'; '.join(names)}: {error}" for error, names in cells.items()]
+        super().__init__("\n".join([f"{counted(len(failures), 'cell')} failed", *errors]), hint=GOES_ON)
+        self.tables = list(tables)
+        for failure in failures:
+            self.add_note(f"{failure.cell}:\n{failure.traceback}")
 
 
 def bench(
@@ -59,11 +80,13 @@ def bench(
         ConfigError: no agents, mixed models, unequal terms, updates that are too small, or results of another
             configuration.
         WorkerError: see `cluster_of`; or workers are lost again and again.
+        CellsError: cells failed; it has the tables of the others.
     """
     reporter = Reporter(progress)
     benches = [read_bench(Path(file)) for file in files]
     stored = check_benches(benches)
-    tables = []
+    tables: list[BenchTable] = []
+    failures: list[Failure] = []
     with ExitStack() as stack:
         runs: dict[Path, Tracker] = {}
         if not only_report:
@@ -78,12 +101,12 @@ def bench(
                 runs = _open_runs(benches, missing, stack, reporter)
                 if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
-                    compute(missing, parents, reporter, cluster)
+                    failures = compute(missing, parents, reporter, cluster)
                     share(benches)
         for each in benches:
             results = {path: stored.get(path) or CELL_RESULT.read(path) for path in each.results}
             check_dense_losses(each, results)  # again: the model may have changed since earlier results
-            if not only_report and len(results) < len(each.cells):
+            if not (only_report or failures) and len(results) < len(each.cells):
                 reporter.print(
                     f"{each.spec.title}: another bench is computing the missing cells; when it has ended, "
                     f"`ffgym bench {shlex.quote(str(each.file))} --report` shows them"
@@ -93,8 +116,10 @@ def bench(
                 continue
             tables.append(table := _write_table(each, list(results.values()), runs.get(each.file)))
             reporter.print(f"{each.spec.title}: wrote {' and '.join(table.files)}")
-            if each.file in runs:
+            if each.file in runs and not failures:
                 _parent_note(each).unlink(missing_ok=True)
+        if failures:
+            raise CellsError(failures, tables)
     return tables
 
 

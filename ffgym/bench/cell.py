@@ -23,7 +23,7 @@ import torch
 from ffgym.bench.table import CellResult, Final, Mark
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import digest, settings, to_toml
-from ffgym.errors import DataError, FFGymError
+from ffgym.errors import DataError
 from ffgym.files import FileFormat, disk_errors, exclusive_lock, write_text
 from ffgym.interrupts import held_back_interrupts
 from ffgym.pipeline.agent import make_agent, policy_digest
@@ -55,6 +55,11 @@ class Cell:
     path: Path
     marks: int  # at how many token marks the incumbent is measured, >= 2
     plain: bool = False  # what was found is also measured without any refit
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.label}, seed {self.seed}"
 
     @cached_property
     def digest(self) -> str:
@@ -111,14 +116,9 @@ class CellRunner:
                 folder.mkdir(parents=True, exist_ok=True)
                 mine = stack.enter_context(exclusive_lock(folder / f"{cell.key}.lock"))
             if not mine:
-                self._reporter.print(f"{cell.label}, seed {cell.seed}: skipped: another bench is computing it")
+                self._reporter.print(f"{cell.name}: skipped: another bench is computing it")
             elif not cell.path.exists():
-                try:
-                    self._prepare_and_compute(job, folder)
-                except FFGymError as error:
-                    error.message = f"{cell.label}, seed {cell.seed}: {error.message}"
-                    error.hint = f"{error.hint or ''} Finished cells are kept, and the same command goes on.".lstrip()
-                    raise
+                self._prepare_and_compute(job, folder)
 
     def _prepare_and_compute(self, job: Job, folder: Path) -> None:
         cell = job.cell
@@ -139,7 +139,7 @@ class CellRunner:
         tracked = Tracker(
             config.tracking.folder,
             config.tracking.experiment,
-            f"{job.title}: {cell.label}, seed {cell.seed}",
+            f"{job.title}: {cell.name}",
             config.tracking.enabled,
             unsent=folder,
             parent=job.parent,
@@ -153,9 +153,8 @@ class CellRunner:
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             tracker.set_tags(run_tags(task))
             log_splits(tracker, task.splits)
-            label = f"{cell.label}, seed {cell.seed}"
             (found,) = tracked_search(
-                task, agent, self._reporter, tracker, label, log, on_episode=watch.episode, on_update=watch.update
+                task, agent, self._reporter, tracker, cell.name, log, on_episode=watch.episode, on_update=watch.update
             )
             watch.end()
             result = self._result(cell, task, found, watch.noted)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ffgym.bench.cell import Cell, CellRunner, Job
 from ffgym.bench.file import Bench
+from ffgym.errors import (
+    AssetError,
+    DataError,
+    FFGymError,
+    FitError,
+    ModelError,
+    OutputError,
+    TrackingError,
+    WorkerError,
+)
 from ffgym.execute.pool import ATTEMPTS, too_often
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
@@ -22,6 +33,20 @@ if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
 
 SECONDS_TO_END = 30.0  # that an interrupted cell gets to end
+GOES_ON = "Finished cells are kept, and the same command goes on."
+SHARED = (AssetError, ModelError, OutputError, TrackingError, WorkerError)
+"""Errors of the model and the machine, which all cells share."""
+
+PREPARING = (DataError, FitError)
+"""Errors of text and memory, which cells share that prepare the model alike."""
+
+
+class Failure(NamedTuple):
+    """A cell that failed, in words: the error itself would keep the model in memory."""
+
+    cell: str
+    error: str
+    traceback: str
 
 
 def compute(
@@ -29,19 +54,31 @@ def compute(
     parents: Mapping[Path, str | None],
     reporter: Reporter,
     cluster: Cluster | None,
-) -> None:
+) -> list[Failure]:
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 
     The parents are the MLflow runs of the bench files. Without a cluster this process computes alone.
+
+    Returns:
+        what failed.
+
+    Raises:
+        FFGymError: what would make all other cells fail, too.
     """
     queue = CellQueue(cells, parents, reporter)
     if cluster is not None:
         cluster.pool(in_worker, reporter.print, SECONDS_TO_END).work(queue, len(cells))
-        return
+        return queue.failures
     runner = CellRunner(reporter)
     while (job := queue.take(0)) is not None:
-        runner(job)
-        queue.done(0)
+        try:
+            runner(job)
+        except FFGymError as error:
+            if not queue.failed(0, error):
+                raise
+        else:
+            queue.done(0)
+    return queue.failures
 
 
 def in_worker(reporter: Reporter) -> Callable[[Job, Any], None]:
@@ -71,6 +108,9 @@ class CellQueue:
         self._running: dict[int, tuple[Bench, Cell]] = {}
         self._losses: dict[str, int] = {}
         self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
+        is_alike = len({cell.preparation for _, cell in cells}) == 1
+        self._stopping = SHARED + PREPARING if is_alike else SHARED
+        self.failures: list[Failure] = []
 
     @property
     def is_finished(self) -> bool:
@@ -99,7 +139,7 @@ class CellQueue:
             seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
             left = f", {clock(seconds)} left in all"
         number = self._count - len(self._waiting)
-        self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.label}, seed {cell.seed}{left}")
+        self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.name}{left}")
         heuristics, places = self._heuristics.get(cell.preparation, ()), local_places(cell.config)
         plugins = foreign_plugins(used_plugins(cell.config).values())
         return Job(cell, heuristics, self._parents[each.file], each.spec.title, places, plugins)
@@ -112,13 +152,27 @@ class CellQueue:
         else:
             self._total -= _tokens(cell)
 
+    def failed(self, worker: int, error: Exception) -> bool:
+        """Leave out a cell that failed, unless the others would fail, too; see `Queue`."""
+        _, cell = self._running.pop(worker)
+        if not isinstance(error, FFGymError):
+            return False
+        if isinstance(error, self._stopping):
+            error.message = f"{cell.name}: {error.message}"
+            error.hint = f"{error.hint or ''} {GOES_ON}".lstrip()
+            return False
+        self._total -= _tokens(cell)
+        self._reporter.print(f"{cell.name}: failed: {error.message}")
+        self.failures.append(Failure(cell.name, str(error), "".join(traceback.format_exception(error))))
+        return True
+
     def lost(self, worker: int) -> None:
         """Have a cell computed again by another worker, which goes on from its log."""
         each, cell = self._running.pop(worker)
         self._prepared.pop(worker, None)
         self._losses[cell.key] = self._losses.get(cell.key, 0) + 1
         if self._losses[cell.key] >= ATTEMPTS:
-            raise too_often(f"{cell.label}, seed {cell.seed}")
+            raise too_often(cell.name)
         self._waiting.insert(0, (each, cell))
 
     def given_up(self, worker: int, share: float) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ffgym.cli.app import app
 from ffgym.cli.options import JsonOption
 from ffgym.cli.printing import print_json
+
+if TYPE_CHECKING:
+    from ffgym.bench.table import BenchTable
 
 
 @app.command()
@@ -30,6 +34,7 @@ def bench(
     """Run many searches on equal terms and compare them; earlier results are kept."""
     from rich.console import Console
 
+    from ffgym.bench.bench import CellsError
     from ffgym.bench.bench import bench as run_bench
 
     if not files:
@@ -48,6 +53,15 @@ def bench(
             "finished episodes are kept: the same command continues, --report shows the results so far", err=True
         )
         raise
+    except CellsError as error:
+        _show(error.tables, as_json)
+        raise
+    _show(tables, as_json)
+
+
+def _show(tables: Sequence[BenchTable], as_json: bool) -> None:
+    from rich.console import Console
+
     if as_json:
         print_json(
             [

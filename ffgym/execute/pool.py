@@ -96,6 +96,9 @@ class Queue(Protocol):
     def done(self, worker: int, answer: Any) -> None:
         """Record the answer to a worker's job."""
 
+    def failed(self, worker: int, error: Exception) -> bool:
+        """Whether the others go on where a worker's job has raised an error; else it is raised here."""
+
     def lost(self, worker: int) -> None:
         """A worker's job has to be done again."""
 
@@ -150,7 +153,7 @@ class Pool:
             on_tick: called several times a second.
 
         Raises:
-            Exception: what a job raised.
+            Exception: what a job raised, unless the queue goes on without it.
             WorkerError: workers or a job are lost again and again; or the pool is closed.
         """
         if self._is_closed:
@@ -215,11 +218,11 @@ class Pool:
             case Failed(error=error):
                 job_of = self._busy.pop(worker, None)
                 self._starting.discard(worker)
-                if job_of is not None and job_of.queue is not queue:  # nobody waits for it any more
-                    self._ready.add(worker)
-                    return
-                self._crew.dismiss(worker)
-                raise error
+                # Of another queue: nobody waits for it any more.
+                if job_of is None or (job_of.queue is queue and not queue.failed(worker, error)):
+                    self._crew.dismiss(worker)
+                    raise error
+                self._ready.add(worker)
             case Lost(why=why):
                 self._replace(worker, why)
 

@@ -128,6 +128,10 @@ class Shares:
         for request, evaluation in zip(share.requests, answer, strict=True):
             self.answers.setdefault(request, evaluation)
 
+    def failed(self, worker: int, error: Exception) -> bool:
+        """An update needs all of its answers."""
+        return False
+
     def lost(self, worker: int) -> None:
         """Offer a share again; another process takes the worker's place."""
         share = self.taken.pop(worker)

@@ -505,14 +505,47 @@ def test_a_model_that_is_nowhere_is_said_to_be_missing_and_no_worker_is_blamed(t
         call(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables=gone))
 
 
-def test_a_cell_that_fails_is_named_and_those_before_it_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_cells_that_fail_are_named_and_the_others_are_computed(finished: Any, tmp_path: Path, workers: int) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
-    short = {"agent": {"name": "uniform"}, "data": {"search": str(tmp_path / "short.txt")}}
-    file = bench_file(tmp_path, agents=["uniform", "short"], seeds=[0], variants={"short": short})
-    with pytest.raises(DataError, match="short, seed 0: ") as raised:
-        call(file)
+    variants: dict[str, dict[str, Any]] = {
+        "greedy": {"agent": {"name": "random"}, "prune": {"sparsity": 0.99}},
+        "short": {"agent": {"name": "uniform"}, "data": {"search": str(tmp_path / "short.txt")}},
+    }
+    new_store(tmp_path / "mlruns")
+    labels, tables = ["greedy", "short", *AGENTS], {"tracking": {"enabled": True}}
+    file = bench_file(tmp_path, agents=labels, variants=variants, tables=tables)
+    done = CliRunner().invoke(app, ["bench", str(file), "--workers", str(workers)])
+    assert done.exit_code == 1, done.stderr
+    assert numbers(tmp_path / "small") == numbers(finished[0].parent / "small")
+    missing = "Not finished: 5 of 8 cells; missing seeds: greedy 2 of 2, short 1 of 1. "
+    assert missing in file.with_suffix(".md").read_text()
+    assert missing in done.stdout
+    assert re.search("^reinforce .* 2 ", done.stdout, re.MULTILINE), "the table is printed, too"
+    progress, error = done.stderr.split("error: 3 cells failed\n")
+    assert all(f"{cell}: failed: " in progress for cell in ("greedy, seed 0", "greedy, seed 1", "short, seed 0"))
+    assert "another bench" not in progress
+    assert re.search(r"^greedy, seed 0; greedy, seed 1: .*sparsity 0\.99", error, re.MULTILINE)
+    assert re.search(r"^short, seed 0: .*short\.txt", error, re.MULTILINE)
+    assert error.endswith("hint: Finished cells are kept, and the same command goes on.\n")
+    assert {run.info.run_name: run.info.status for run in runs(tmp_path / "mlruns")}["Small"] == "FAILED"
+
+    del variants["greedy"]["prune"], variants["short"]["data"]  # now they are the same work as cells that are there
+    bench_file(tmp_path, agents=labels, variants=variants, tables=tables)
+    (table,), said = call(file)
+    assert "Not finished" not in table.header
+    assert "cell 1 of" not in said
+    assert [run.info.status for run in runs(tmp_path / "mlruns") if run.info.run_name == "Small"] == ["FINISHED"]
+
+
+def test_a_text_that_all_cells_lack_stops_the_bench_at_once(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    file = bench_file(tmp_path, tables={"data": {"search": str(tmp_path / "short.txt")}})
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(DataError, match="random, seed 0: ") as raised:
+        bench([file], progress=console)
     assert str(raised.value.hint).endswith("Finished cells are kept, and the same command goes on.")
-    assert list(numbers(tmp_path / "small")) == ["uniform-seed0"]
+    assert "cell 2 of 5" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_rule_whose_one_episode_is_short_has_its_row(tmp_path: Path) -> None:
