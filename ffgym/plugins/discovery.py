@@ -225,6 +225,8 @@ def check_class(kind: PluginKind, cls: Any) -> None:
     if not (isinstance(cls, type) and issubclass(cls, base)):
         raise PluginError(f"{hook} returned {cls!r}, which is not a subclass of ffgym.{base.__name__}")
     name = getattr(cls, "name", None)
+    if name is None:
+        raise PluginError(f"{hook} returned the class {cls.__qualname__} without `name`: add one")
     if not (isinstance(name, str) and NAME.fullmatch(name)):
         raise PluginError(
             f"{hook} returned {cls.__qualname__}, whose name is {name!r}, not lower-case letters, digits, '-' and '_'"

@@ -91,7 +91,7 @@ def test_installed_plugin_is_found_and_created_with_its_options(install: Install
         ("x = 1", "implements no hook"),
         (HOOK + "7", "TypeError: 'int' object is not iterable"),
         (HOOK + "[int]", "not a subclass of ffgym.Criterion"),
-        (offering("Criterion", "'score': 1"), "name is None"),
+        (offering("Criterion", "'score': 1"), "ffgym_criteria returned the class A without `name`"),
         (offering("Criterion", "'score': 1, 'name': 'a/b'"), "name is 'a/b', not lower-case letters"),
         (HOOK.replace("ffgym_criteria()", "ffgym_criteria(model)") + "[]", "and none takes an argument"),
         (HOOK.replace("ffgym_criteria", "ffgym_criterions") + "[]", "unknown hook 'ffgym_criterions' in plugin"),
@@ -115,6 +115,13 @@ def test_unknown_name_has_the_near_match_the_list_and_the_broken_plugins(install
     assert "Did you mean 'wanda'?" in str(caught.value)
     assert "magnitude, " in str(caught.value)
     assert "acme-broken 1.0 (RuntimeError: boom (" in str(caught.value)
+
+
+def test_a_class_without_a_name_is_said_to_have_none_where_it_is_asked_for(install: Install) -> None:
+    install("acme-mine", offering("Criterion", "'score': 1"))
+    for asked in ("a", "acme-mine-entry"):
+        with pytest.raises(UnknownNameError, match="the class A without `name`: add one"):
+            manager.get_class("criterion", asked)
 
 
 def test_an_unknown_agent_may_be_a_mistyped_heuristic() -> None:
