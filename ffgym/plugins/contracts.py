@@ -166,7 +166,10 @@ def check_recommendations(agent: Agent, observation: np.ndarray, sublayers: int)
 
     proposals = call_plugin(agent, lambda: agent.recommend(observation), "recommending importances")
     try:
-        return [check_actions(np.asarray(proposal)[None], (1, sublayers))[0] for proposal in proposals]
+        rows = [np.asarray(proposal) for proposal in proposals]
+        if wrong := [row.shape for row in rows if row.shape != (sublayers,)]:
+            raise ValueError(f"shape {(len(rows), *wrong[0])}, not a list of arrays of shape ({sublayers},)")
+        return [check_actions(row[None], (1, sublayers))[0] for row in rows]
     except (TypeError, ValueError) as error:  # a TypeError of text or None in an array
         raise PluginError(f"{described(agent)}: recommend returned unusable importances: {error}") from None
 
