@@ -14,7 +14,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.costs.resource import resource_class
 from ffgym.data.corpora import source_of
 from ffgym.data.splits import ROLES, Splits
-from ffgym.export.checkpoint import SavedModel, load_line
+from ffgym.export.checkpoint import SavedModel, load_code
 from ffgym.files import write_text
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
@@ -126,7 +126,7 @@ def description(table: ReportTable, saved: SavedModel | None) -> str:
     reached = f"{row.perplexity / dense.perplexity:.2f} x dense, at {row.sparsity_prunable:.1%} sparsity"
     parts = [f"**Perplexity {row.perplexity_text}**, {reached}", table.layout().markdown()]
     if saved is not None:
-        parts.append(f"Load the pruned model:\n\n```python\n{load_line(saved.path)}\n```")
+        parts.append(f"Load the pruned model:\n\n```python\n{load_code(saved.path)}\n```")
     return "\n\n".join([*parts, REPEAT])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ffgym.export.checkpoint import SavedModel, load_line
+from ffgym.export.checkpoint import SavedModel, load_code, load_line
 from ffgym.recover.table import RecoveryTable
 from ffgym.tracking.names import Result
 from ffgym.types import Evaluation, JSONDict
@@ -37,7 +37,7 @@ class RecoveredModel:
     @property
     def description(self) -> str:
         """What MLflow shows on the page of the run: what was done, the table, how to load the model."""
-        load = f"```python\n{load_line(self.saved.path)}\n```"
+        load = f"```python\n{load_code(self.saved.path)}\n```"
         parts = (" ".join(self.summary), self.table.layout().markdown(), load)
         return "\n\n".join(parts)
 

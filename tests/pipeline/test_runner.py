@@ -316,7 +316,8 @@ def test_the_page_of_the_run_has_the_table_and_says_how_to_load_and_repeat(finis
     saved = finished.result.table.saved
     assert page.startswith(f"**Perplexity {saved.perplexity:,.2f}")
     assert (finished.folder / "report.md").read_text() in page
-    assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in page
+    assert f"\nfolder = '{finished.folder / 'model'}'\n" in page
+    assert "from_pretrained(folder, trust_remote_code=True)" in page
     assert page.endswith("$ ffgym run --config config.toml --output NEW_FOLDER\n```")
     assert tracked.data.tags["mlflow.source.name"] == "ffgym run"
 
