@@ -262,7 +262,7 @@ class Tracker:
         Outbox(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
         self._client.update_run(self._resume, status="RUNNING")
         run = self._client.get_run(self._resume)
-        for tag in {FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():
+        for tag in {DESCRIPTION_TAG, FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():
             self._client.delete_tag(self._resume, tag)
         self._params = dict(run.data.params)
         for name in run.data.metrics:

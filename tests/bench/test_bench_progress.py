@@ -84,6 +84,8 @@ def test_an_interrupted_bench_goes_on_in_its_mlflow_run(tmp_path: Path, steps: l
         f"{title}: {agent}, seed 0" for agent in ("random", "uniform")
     ], "one for each cell"
     assert {run.info.status for run in children} == {"FINISHED"}
+    pages = [run.data.tags.get("mlflow.note.content", "") for run in (again, *children)]
+    assert not [page for page in pages if "Interrupted" in page]
     searched = next(run for run in children if run.info.run_name == f"{title}: random, seed 0")
     history = client(tmp_path / "mlruns").get_metric_history(searched.info.run_id, "search/reward")
     assert [point.step for point in history] == list(range(EPISODES)), "no episode is logged twice"

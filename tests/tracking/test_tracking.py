@@ -82,6 +82,7 @@ def test_a_run_that_ended_early_says_why_and_how_to_go_on_and_forgets_it_when_it
     assert f"$ {command}" in page
     assert page.endswith("what it is")
     with Tracker(root, "ffgym", "run", resume=tracker.run_id) as tracker:
+        assert "mlflow.note.content" not in run_of(root, tracker).data.tags
         tracker.describe("what came out")
     tags = run_of(root, tracker).data.tags
     assert tags["mlflow.note.content"] == "what came out"
