@@ -54,6 +54,8 @@ class Outbox:
         if not self.path.exists():
             return 0
         with self._lock():
+            if not self.path.exists():  # who held the lock has sent it all
+                return 0
             # The process may have been killed in the last line.
             records = [LINE.parse(line, source) for source, line in LINE.lines(self.path) if line.endswith(b"\n")]
             sent = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def test_what_could_not_be_sent_goes_on_waiting_and_no_lock_is_left(box: Outbox)
     assert box.forward(sent.append) == 2
     assert [record["number"] for record in sent] == [1, 2]
     assert list(box.path.parent.iterdir()) == []
+
+
+def test_two_who_send_at_once_send_a_record_once(box: Outbox) -> None:
+    box.add({"write": "text"})
+    sent: list[Any] = []
+    with ThreadPoolExecutor() as pool:
+
+        def send_slowly(record: Any) -> None:
+            sent.append(pool.submit(box.forward, sent.append))
+            wait([sent[0]], timeout=0.5)  # it does not end, since this one holds the lock
+
+        assert box.forward(send_slowly) == 1
+        assert sent[0].result() == 0
+    assert len(sent) == 1
 
 
 @pytest.mark.parametrize("left", ["", '{"write": "te'], ids=["empty", "half a line"])
