@@ -79,15 +79,16 @@ def _dataset(client: Any, run_id: str, name: str, context: str, digest: str, cor
         client.log_inputs(run_id, datasets=inputs)
 
 
-def _child(client: Any, run_id: str, name: str, **values: Any) -> None:
-    """A finished run that is nested under this one; one of that name is there at most once."""
+def _child(client: Any, run_id: str, name: str, metrics: Sequence[Point], **values: Any) -> None:
+    """A finished run, as old as its metrics, that is nested under this one; one of that name is there at most once."""
+    time = metrics[0][3]
     experiment = client.get_run(run_id).info.experiment_id
     where = f"tags.`{PARENT_TAG}` = '{run_id}'"
     runs = [run for run in client.search_runs([experiment], where) if run.info.run_name == name]
-    child = runs[0] if runs else client.create_run(experiment, run_name=name, tags={PARENT_TAG: run_id})
+    child = runs[0] if runs else client.create_run(experiment, time, {PARENT_TAG: run_id}, name)
     if child.info.status != "FINISHED":
-        _values(client, child.info.run_id, **values)
-        client.set_terminated(child.info.run_id)
+        _values(client, child.info.run_id, metrics, **values)
+        client.set_terminated(child.info.run_id, end_time=time)
 
 
 KINDS: dict[str, Callable[..., None]] = {

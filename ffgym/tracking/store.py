@@ -245,14 +245,16 @@ def _mute() -> Iterator[None]:
 
 
 def _reason(error: Exception, uri: str) -> str:
-    """Take the one line that says what is wrong out of SQLAlchemy's paragraph of SQL."""
+    """Take what is wrong out of SQLAlchemy's paragraph of SQL, or out of an HTTP client's nested errors."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
     if schema := re.search(r"database schema \(found version (\w+), but expected (\w+)\)", text):
         return f"another version of MLflow made it (its schema is {schema[1]}, this MLflow's {schema[2]})"
     database = re.search(r"\(\w+\.\w+Error\) (.+)", text)
-    return masked(database[1] if database else text.partition("\n")[0], uri)
+    connection = re.search(r"\(Caused by \w+\(['\"](?:HTTPS?Connection\w*\(.*?\): )?(.+?)['\"][,)]", text)
+    found = database or connection
+    return masked(found[1] if found else text.partition("\n")[0], uri)
 
 
 def _next_step(uri: str, reason: str, instead: str) -> str:
