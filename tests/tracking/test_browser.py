@@ -164,7 +164,7 @@ def test_the_page_of_a_run_says_what_it_is_and_shows_its_pictures(page: Any) -> 
     assert page.get_by_text("<br>").count() == 0
     page.get_by_text("ffgym run --config config.toml --output NEW_FOLDER").wait_for()
     status = page.get_by_text("Finished", exact=True).bounding_box()
-    assert status["x"] + status["width"] < page.viewport_size["width"], "a long line pushes the right column out of view"
+    assert status["x"] + status["width"] < page.viewport_size["width"], "the right column is in view"
     picture(page, "run")
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("units_kept.png").first.click()

@@ -106,10 +106,9 @@ def outage(server, address, tmp_path_factory):
 
 
 def test_a_server_that_is_down_at_the_start_is_a_clear_error(outage):
-    assert re.match(
-        r"cannot open the MLflow store http://\*\*\*@[\d.]+:\d+: [\w ]+: \[Errno 111\] Connection refused\n.*server answers",
-        outage.refused,
-    )
+    assert re.match(r"cannot open the MLflow store http://\*\*\*@127.*\n.*server answers", outage.refused)
+    assert outage.refused.splitlines()[0].endswith("Connection refused")
+    assert "HTTPConnection" not in outage.refused
     assert not [secret for secret in SECRETS if secret in outage.refused]
 
 
