@@ -7,6 +7,6 @@ import ffgym
 result = ffgym.run(ffgym.load_config(*sys.argv[1:]))
 for row in result.table.rows:
     print(f"{row.label:40} perplexity {row.perplexity:8.2f}, {row.sparsity_model:.0%} smaller")
-print("units kept:", result.found.best.allocation.kept)
+print("units kept:", result.allocation["kept"])
 if result.saved:  # unless output.save_model = false
     print("saved in", result.saved.path)

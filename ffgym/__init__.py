@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ffgym.export.format import Exported, ExportFormat
     from ffgym.measure.metrics import Metric
     from ffgym.models.families import Family, Stock
-    from ffgym.pipeline.result import FinishedRun, RunResult
+    from ffgym.pipeline.result import RunResult
     from ffgym.pipeline.start import run
     from ffgym.prepare.calibrations import Calibration, Consumer
     from ffgym.pruning.calibration import ConsumerPath
@@ -41,7 +41,6 @@ __all__ = [
     "Exported",
     "FFGymError",
     "Family",
-    "FinishedRun",
     "Heuristic",
     "LayerStats",
     "Metric",
@@ -73,7 +72,6 @@ _LATE = {
     "ExportFormat": "ffgym.export.format",
     "Exported": "ffgym.export.format",
     "Family": "ffgym.models.families",
-    "FinishedRun": "ffgym.pipeline.result",
     "RunConfig": "ffgym.config.tables",
     "RunResult": "ffgym.pipeline.result",
     "Stock": "ffgym.models.families",

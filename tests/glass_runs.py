@@ -96,7 +96,7 @@ def go(config: RunConfig, resume: Path | None = None) -> tuple[RunResult, str]:
     """Run it; its result, and what it said."""
     said = io.StringIO()
     result = run(config, progress=Console(file=said, width=200), resume=resume)
-    assert isinstance(result, RunResult)
+    assert result.found is not None, "it was not finished before"
     return result, said.getvalue()
 
 

@@ -50,8 +50,12 @@ class SavedModel:
     """What lies on the disk now."""
 
     path: Path
-    bytes: int  # size of its safetensors files
-    parameters: int  # numbers in them; tied weights count once
+    parameters: int  # numbers in its safetensors files; tied weights count once
+
+    @property
+    def bytes(self) -> int:
+        """Size of its safetensors files."""
+        return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
 
 
 def save_pruned(
@@ -178,8 +182,7 @@ def _write(
             shutil.copyfile(file, folder / file.name)
         if origin is not None:
             write_text(folder / FILE, json.dumps(asdict(origin), indent=2) + "\n")
-    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    return SavedModel(place, size, sum(parameter.numel() for parameter in model.parameters()))
+    return SavedModel(place, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _save_by_layer(pruned: Any, prunable: PrunableModel, folder: Path) -> None:

@@ -18,7 +18,7 @@ from ffgym.models.loading import check_weights
 from ffgym.models.modes import own_modes
 from ffgym.models.origin import absolute_name
 from ffgym.pipeline.agent import make_agent
-from ffgym.pipeline.artifacts import tracked_result, write_front, write_pictures, write_table
+from ffgym.pipeline.artifacts import allocation_json, tracked_result, write_front, write_pictures, write_table
 from ffgym.pipeline.compare import (
     asked_rules,
     compared_rows,
@@ -29,7 +29,7 @@ from ffgym.pipeline.compare import (
 from ffgym.pipeline.folder import read_record
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.plan import plan_run, planned_steps, slope_share
-from ffgym.pipeline.result import FinishedRun, RunResult, finished_run
+from ffgym.pipeline.result import RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session
 from ffgym.pipeline.start import check_plugins
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 @own_modes()
-def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None) -> RunResult | FinishedRun:
+def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None) -> RunResult:
     """The stages of a run, see :func:`ffgym.pipeline.start.run`.
 
     Args:
@@ -99,7 +99,7 @@ def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None
         rows = compare(task, searched, session)
         result = finish(task, searched, rows, session)
         del task, agent  # frees the dense model and its factors: training needs the memory
-        return train(result, text, session)
+        return train(result, searched.main, text, session)
 
 
 def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | None = None) -> Task:
@@ -140,4 +140,4 @@ def finish(task: Task, searched: Searched, rows: list[Row], session: Session) ->
     session.tracker.log_result(tracked_result(table.saved, table.dense, main))
     if saved is not None:
         session.tracker.log_model(saved.path)
-    return RunResult(table, main, folder, saved, session.tracker.run_id, front)
+    return RunResult(table, allocation_json(main), folder, saved, session.tracker.run_id, front, found=main)

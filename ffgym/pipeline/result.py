@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from rich.console import Console
 
 from ffgym.config.tables import RunConfig
 from ffgym.export.checkpoint import SavedModel, load_line
-from ffgym.pipeline.artifacts import allocation_json
 from ffgym.pipeline.compare import target_model_folder
 from ffgym.pipeline.folder import RESULT, is_finished, read_record
 from ffgym.pipeline.stored import read_front, read_table
@@ -29,21 +27,26 @@ class RunResult:
 
     Attributes:
         table: report-split figures, dense first.
-        found: the search, and the allocation that it chose.
+        allocation: what ``allocation.json`` holds: units kept per sublayer, and where the search found them.
         folder: where results and pictures are.
         saved: the checkpoint, or ``None`` where none was wanted.
-        recovered: what training after the final calibration brought, or ``None`` where none was wanted.
         mlflow_run: MLflow's run id, or ``None`` where tracking is off.
-        front: under a range of budgets its points; ``table``, ``found`` and ``saved`` are those of the main target.
+        front: under a range of budgets its points; ``table``, ``allocation``, ``saved`` and ``found`` are those of the
+            main target.
+        trained: folder of the model that was trained after the final calibration, or ``None`` where there is none.
+        recovered: what that training brought, or ``None`` where there was none, or the run was finished before.
+        found: the search, and the allocation that it chose; ``None`` where a resumed run was finished before.
     """
 
     table: ReportTable
-    found: SearchResult
+    allocation: JSONDict
     folder: Path
     saved: SavedModel | None
     mlflow_run: str | None
     front: Front | None = None
+    trained: Path | None = None
     recovered: RecoveredModel | None = None
+    found: SearchResult | None = None
 
     def __repr__(self) -> str:
         row, dense = self.table.result, self.table.dense
@@ -51,121 +54,66 @@ class RunResult:
         return f"<RunResult in {self.folder}: perplexity of {figures}>"
 
     def _repr_markdown_(self) -> str:
-        return _markdown(self)
+        return "\n".join(part._repr_markdown_() for part in (self.front, self.table) if part is not None)
 
     def to_json(self) -> JSONDict:
-        """Numbers and paths, ready for ``json.dumps``; the files in the folder may be another run's by now."""
-        return {
+        """Numbers and paths, ready for ``json.dumps``; what the search took only where ``found`` is known."""
+        result: JSONDict = {
             "table": self.table.layout().as_dicts(),
             "measured": self.table.header,
-            "allocation": allocation_json(self.found),
+            "allocation": self.allocation,
             "front": None if self.front is None else strict(asdict(self.front)),
             "folder": str(self.folder),
             "model": None if self.saved is None else str(self.saved.path),
-            "recovered_model": None if self.recovered is None else str(self.recovered.saved.path),
+            "recovered_model": None if self.trained is None else str(self.trained),
             "mlflow_run": self.mlflow_run,
-            "search_tokens": self.found.search_tokens,
-            "final_tokens": self.found.final_tokens,
-            "search_seconds": round(self.found.seconds, 1),
         }
+        if self.found is not None:
+            result["search_tokens"] = self.found.search_tokens
+            result["final_tokens"] = self.found.final_tokens
+            result["search_seconds"] = round(self.found.seconds, 1)
+        return result
 
     def print(self, console: Console) -> None:
         """The table, where things are, and how to load the model."""
-        load = []
+        front, table = self.front, self.table
+        if front is not None:
+            console.print(front.layout())
+        console.print(table.layout())
+        if table.warning is not None:
+            console.print(f"Warning: {table.warning}", style="bold red", highlight=False, markup=False)
+        lines = [f"Results and pictures: {self.folder}"]
+        if self.mlflow_run is not None:
+            lines.append(f"MLflow run {self.mlflow_run}: compare runs with `ffgym ui`")
+        trained = None if table.result is table.saved else self.trained  # a training may have brought nothing
         if self.saved is not None:
-            trained = self.recovered is not None and self.recovered.is_kept
-            broken = self.table.warning is not None and not trained
-            untrained = " as it was before training" if trained else ""
-            load += [
-                f"Saved: {self.table.saved.label}",
+            broken = table.warning is not None and trained is None
+            untrained = "" if trained is None else " as it was before training"
+            lines += [
+                f"Saved: {table.saved.label}",
                 "To look at it all the same, load it with" if broken else f"Load the pruned model{untrained} with",
                 f"  {load_line(self.saved.path)}",
             ]
         if self.recovered is not None:
-            load += self.recovered.summary
-            if self.recovered.is_kept:
-                load += ["Load the trained model with", f"  {load_line(self.recovered.saved.path)}"]
-        _print(console, self, load)
+            lines += self.recovered.summary
+        if trained is not None:
+            lines += ["Load the trained model with", f"  {load_line(trained)}"]
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-@dataclass(frozen=True)
-class FinishedRun:
-    """Returned when a resumed run was already finished: where its results are.
-
-    Attributes:
-        model: folder of the saved model, or ``None`` where there is none.
-        recovered_model: folder of the model that was trained afterwards, or ``None`` where there is none.
-        mlflow_run: MLflow's run id, or ``None`` where there is none.
-    """
-
-    folder: Path
-    model: Path | None
-    recovered_model: Path | None
-    mlflow_run: str | None
-
-    @property
-    def table(self) -> ReportTable:
-        """Report-split figures, dense first, as the folder has them."""
-        return read_table(self.folder)
-
-    @property
-    def front(self) -> Front | None:
-        """Under a range of budgets its points, as the folder has them."""
-        return read_front(self.folder)
-
-    def _repr_markdown_(self) -> str:
-        return _markdown(self)
-
-    def to_json(self) -> JSONDict:
-        """What :meth:`RunResult.to_json` gives, as far as it lies in the folder."""
-        front, table = self.front, self.table
-        return {
-            "table": table.layout().as_dicts(),
-            "measured": table.header,
-            "allocation": RESULT.read(self.folder / "allocation.json"),
-            "front": None if front is None else strict(asdict(front)),
-            "folder": str(self.folder),
-            "model": None if self.model is None else str(self.model),
-            "recovered_model": None if self.recovered_model is None else str(self.recovered_model),
-            "mlflow_run": self.mlflow_run,
-        }
-
-    def print(self, console: Console) -> None:
-        """The table, where things are, and how to load the model."""
-        load = []
-        for model in (self.model, self.recovered_model):
-            if model is not None:
-                load += [f"Load the model in {model.name}/ with", f"  {load_line(model)}"]
-        _print(console, self, load)
-
-
-def _markdown(result: RunResult | FinishedRun) -> str:
-    return "\n".join(part._repr_markdown_() for part in (result.front, result.table) if part is not None)
-
-
-def _print(console: Console, result: RunResult | FinishedRun, load: Sequence[str]) -> None:
-    front, table = result.front, result.table
-    if front is not None:
-        console.print(front.layout())
-    console.print(table.layout())
-    if table.warning is not None:
-        console.print(f"Warning: {table.warning}", style="bold red", highlight=False, markup=False)
-    lines = [f"Results and pictures: {result.folder}"]
-    if result.mlflow_run is not None:
-        lines.append(f"MLflow run {result.mlflow_run}: compare runs with `ffgym ui`")
-    for line in [*lines, *load]:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-def finished_run(folder: Path, config: RunConfig) -> FinishedRun | None:
-    """The results of the run in a folder; ``None`` where it is not finished."""
+def finished_run(folder: Path, config: RunConfig) -> RunResult | None:
+    """The results of the run in a folder, read again; ``None`` where it is not finished."""
     if not is_finished(folder, config):
         return None
-    model = target_model_folder(config, folder, config.main_target)
-    recovered = output_folder(model)
-    return FinishedRun(
+    table, model = read_table(folder), target_model_folder(config, folder, config.main_target)
+    trained = output_folder(model)
+    return RunResult(
+        table,
+        RESULT.read(folder / "allocation.json"),
         folder,
-        model if model.is_dir() else None,
-        recovered if config.recover.method != "none" and recovered.is_dir() else None,
+        SavedModel(model, int(table.saved.parameters)) if model.is_dir() else None,
         read_record(folder).mlflow_run,
+        read_front(folder),
+        trained if config.recover.method != "none" and trained.is_dir() else None,
     )

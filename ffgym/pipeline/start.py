@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,22 +15,10 @@ from ffgym.plugins.architectures import check_folder_architecture
 from ffgym.prepare import configured
 
 if TYPE_CHECKING:
-    from ffgym.pipeline.result import FinishedRun, RunResult
+    from ffgym.pipeline.result import RunResult
 
 
-@overload
-def run(config: RunConfig, *, progress: Console | None = None, resume: None = None) -> RunResult: ...
-
-
-@overload
-def run(
-    config: RunConfig, *, progress: Console | None = None, resume: str | Path | None
-) -> RunResult | FinishedRun: ...
-
-
-def run(
-    config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None
-) -> RunResult | FinishedRun:
+def run(config: RunConfig, *, progress: Console | None = None, resume: str | Path | None = None) -> RunResult:
     """Search, prune, calibrate, report and save, as the configuration says.
 
     Args:
@@ -40,7 +28,7 @@ def run(
             the numbers that it would have ended with uninterrupted.
 
     Returns:
-        the result of the run; for a resumed run that was already finished, where its results are: nothing is
+        the result of the run; that of a resumed run that was already finished is read from its folder: nothing is
             done again.
 
     Raises:

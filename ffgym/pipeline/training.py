@@ -11,9 +11,10 @@ from ffgym.pipeline.session import Session
 from ffgym.recover.folders import output_folder
 from ffgym.recover.recover import train_and_save
 from ffgym.recover.text import RecoveryTexts
+from ffgym.search.loop import SearchResult
 
 
-def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> RunResult:
+def train(result: RunResult, found: SearchResult, texts: RecoveryTexts | None, session: Session) -> RunResult:
     """Train the saved model where the run asks for it, add its row to the table, and log the table."""
     if texts is not None and result.saved is not None:
         measured_in, model = str(session.place.record.dtype), session.config.model
@@ -30,9 +31,9 @@ def train(result: RunResult, texts: RecoveryTexts | None, session: Session) -> R
             texts=texts,
         )
         table = with_recovered(result.table, recovered, session.config, measured_in)
-        result = replace(result, recovered=recovered, table=table)
+        result = replace(result, table=table, trained=recovered.saved.path, recovered=recovered)
         write_table(session.folder, result.table)
-        last = tracked_result(result.table.result, result.table.dense, result.found)
+        last = tracked_result(result.table.result, result.table.dense, found)
         session.tracker.log_result(last, step=1)
         session.tracker.log_model(recovered.saved.path)
     saved = result.saved if result.recovered is None else result.recovered.saved

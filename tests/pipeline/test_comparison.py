@@ -126,6 +126,7 @@ def test_a_point_of_a_range_is_refused_with_the_folder_to_name(runs: dict[str, P
 def test_a_destroyed_run_is_called_so(runs: dict[str, Path], tmp_path: Path) -> None:
     done = call(runs["one"], runs["broken"], "--output", tmp_path / "out")
     assert "broken: The pruned model is destroyed" in " ".join(done.stdout.split())
+    (runs["broken"] / "allocation.json").write_text('{"kept": [1, 2]}')
     again = CliRunner().invoke(app, ["run", "--resume", str(runs["broken"])])
     assert "Warning: The pruned model is destroyed" in " ".join(again.stdout.split())
 

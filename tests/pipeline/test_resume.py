@@ -154,10 +154,10 @@ def test_a_search_does_not_go_on_with_another_model_or_text(tmp_path: Path, step
 # it is finished
 
 
-def finished(config: RunConfig, folder: Path) -> tuple[ffgym.FinishedRun, str]:
+def finished(config: RunConfig, folder: Path) -> tuple[ffgym.RunResult, str]:
     console = Console(file=io.StringIO(), width=200)
     result = ffgym.run(config, progress=console, resume=folder)
-    assert isinstance(result, ffgym.FinishedRun)
+    assert result.found is None
     return result, console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -176,7 +176,7 @@ def test_a_finished_run_says_so_and_nothing_is_done(tmp_path: Path) -> None:
     now, then = result.to_json(), whole.to_json()
     assert now == {key: then[key] for key in now}
     assert now.keys() >= {"table", "allocation", "folder", "model", "mlflow_run"}
-    assert result.table == whole.table
+    assert (result.table, result.saved) == (whole.table, whole.saved)
     assert result._repr_markdown_() == (whole.folder / "report.md").read_text(), "what a notebook shows"
 
 

@@ -328,7 +328,7 @@ def test_a_run_recovers_after_its_final_calibration(
     assert same_weights(result.folder / "model-recovered", finished[1].saved.path)
     assert finished[1].after == result.recovered.after
     again = ffgym.run(config, progress=console, resume=result.folder)
-    assert isinstance(again, ffgym.FinishedRun)
+    assert again.found is None
     assert again.to_json()["recovered_model"] == str(result.folder / "model-recovered")
     result.print(console)
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
@@ -350,7 +350,6 @@ def test_a_run_that_was_interrupted_while_training_is_resumed(
     assert "ffgym recover" not in said
     assert "same command" not in said
     result = ffgym.run(config, progress=console, resume=folder)
-    assert isinstance(result, ffgym.RunResult)
     assert result.table.rows[-1].label.endswith("ridge + lora")
     assert "going on with the training" in console.file.getvalue()  # type: ignore[attr-defined]
     assert same_weights(folder / "model-recovered", finished[1].saved.path)
