@@ -26,32 +26,6 @@ Texts = Annotated[Corpora, BeforeValidator(checked)]
 OptionalShare = Annotated[Annotated[float, Field(gt=0, lt=1)] | None, NotGiven]
 OptionalPositive = Annotated[Positive | None, NotGiven]
 CLOSEST_TARGETS = 2e-6  # of a front, whose files are named after its targets, in six decimals
-REMOVED: dict[str, JSONDict] = {  # keys by table and plugin, with the defaults that earlier results hold
-    "search": {"stop_hopeless": False, "stop_margin": 1.0},
-    "schedule": {"ramp_share": 0.5},
-    "recover": {"seed": "auto", "window": "auto"},
-    "output": {"sequential": False},
-    "reward.multi-objective": {"pareto": 0},
-    "agent.reinforce": {"length": 0.15},
-    "agent.pathwise": {"step": 0.1, "smooth": 0.5, "length": 0.15, "average": 0.5},
-    "agent.random": {"smooth": 0.95, "length": 0.15},
-    "agent.ppo": {"spread": 0.15, "epochs": 10, "clip_range": 0.2, "entropy": 0.0},
-    "agent.evolution": {
-        "survivors": 0.25,
-        "mutation": 0.7,
-        "crossover": 0.2,
-        "mutation_probability": 0.2,
-        "mutation_spread": 0.2,
-        "length": 0.15,
-        "initial_spread": 0.3,
-        "use_prior": True,
-    },
-    "agent.cma-es": {"sigma": 0.15, "separable": False, "length": 0.15},
-    "agent.evopress": {"step": 0.2, "switches": 3, "survivors": [2, 1]},
-    "prior.skip-ends": {"first": 3, "last": 1},
-    "prior.owl": {"threshold": 5.0, "span": 0.08},
-    "prior.gate-scaling": {"span": 0.15},
-}
 
 
 def _count(value: Any) -> Any:
@@ -381,12 +355,6 @@ class RunConfig(Strict):
     tracking: TrackingTable = Field(default_factory=TrackingTable)
     workers: WorkersTable = Field(default_factory=WorkersTable)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _ignore_removed(cls, tables: Any) -> Any:
-        """Removed keys may hold their defaults; other values are refused like any unknown key."""
-        return {key: _without_removed(key, table) for key, table in tables.items()} if type(tables) is dict else tables
-
     @model_validator(mode="after")
     def _tables_agree(self) -> RunConfig:
         """Refuse combinations of tables that cannot run."""
@@ -485,13 +453,6 @@ class RunConfig(Strict):
                 f"recover.method = {recover.method!r} trains the saved model, and output.save_model = false saves none",
                 hint="Leave output.save_model out, or set recover.method to none.",
             )
-
-
-def _without_removed(name: str, table: Any) -> Any:
-    if not isinstance(table, dict):
-        return table
-    gone = REMOVED.get(name) or REMOVED.get(f"{name}.{table.get('name')}", {})
-    return {key: value for key, value in table.items() if key not in gone or value != gone[key]}
 
 
 def _at_least(key: str, value: float, bound_name: str, bound: float) -> None:

@@ -280,19 +280,6 @@ def test_what_does_not_go_with_a_range_is_refused(tables: dict[str, dict[str, ob
     assert caught.value.hint
 
 
-def test_removed_keys_load_at_their_defaults_and_are_unknown_at_others() -> None:
-    """Also those that an older run folder or result holds of a plugin's options, and of that plugin alone."""
-    tables = {"search": {"stop_margin": 1.0, "episodes": 8}, "agent": {"name": "evopress", "survivors": [2, 1]}}
-    assert load_config(**tables) == load_config(search={"episodes": 8}, agent={"name": "evopress"})
-    weighed = {"name": "multi-objective", "cost": 0.0}
-    assert load_config(reward={**weighed, "pareto": 0}) == load_config(reward=weighed)
-    assert load_config(recover={"method": "lora", "window": "auto"}) == load_config(recover={"method": "lora"})
-    assert load_config(agent={"name": "evolution", "survivors": [2, 1]}).agent.options == {"survivors": [2, 1]}
-    assert load_config(agent={"name": "evopress", "survivors": [3, 1]}).agent.options == {"survivors": [3, 1]}
-    with pytest.raises(ConfigError, match=r"unknown key 'stop_margin' in \[search\]"):
-        load_config(search={"stop_margin": 0.5})
-
-
 def test_a_target_to_save_takes_the_place_of_a_point_beside_it() -> None:
     """Files are named after targets."""
     third = 0.1 + 0.7 / 3
