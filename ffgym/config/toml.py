@@ -32,14 +32,14 @@ CONFIGURATION = FileFormat(
 
 
 def load_config(
-    path: str | Path | RunConfig | None = None, overrides: str | Sequence[str] = (), **values: Any
+    path: str | Path | RunConfig | Mapping[str, Any] | None = None, overrides: str | Sequence[str] = (), **values: Any
 ) -> RunConfig:
     """Resolve a run's configuration; later sources win: defaults, TOML file, ``overrides``, ``values``.
 
     Naming another plugin in ``overrides`` or ``values`` drops the options that the file gave to its own plugin.
 
     Args:
-        path: a TOML file, another configuration in its place, or ``None``.
+        path: a TOML file, in its place another configuration or a dict of tables, or ``None``.
         overrides: one or several ``"table.key=value"``; the value is a TOML literal, or else taken as a string.
         **values: tables as dicts (``prune={"sparsity": 0.3}``) and ``seed``; ``None`` means not given. Paths and
             numbers of NumPy are taken, too.
@@ -47,22 +47,19 @@ def load_config(
     Raises:
         ConfigError: missing or malformed file or override, unknown table or key, mistyped or impossible value.
     """
-    if isinstance(path, Mapping):
-        raise ConfigError(
-            "load_config takes the path of a file first, and got a dict",
-            hint="Pass tables by name: load_config(**tables).",
-        )
     overrides = [overrides] if isinstance(overrides, str) else overrides
     command_line = _merged(parsed_overrides(overrides), given_values(values, RunConfig))
     if isinstance(path, RunConfig):
         file = path.model_dump()
+    elif path is None or isinstance(path, Mapping):
+        file = given_values(path or {}, RunConfig)
     else:
-        file = read_toml(Path(path).expanduser()) if path is not None else {}
-    if file.keys() >= {"agents", "seeds"}:
-        raise ConfigError(
-            f"{path} is a bench file: it names agents and seeds",
-            hint=f"Run it: ffgym bench {shlex.quote(str(path))}",
-        )
+        file = read_toml(Path(path).expanduser())
+        if file.keys() >= {"agents", "seeds"}:
+            raise ConfigError(
+                f"{path} is a bench file: it names agents and seeds",
+                hint=f"Run it: ffgym bench {shlex.quote(str(path))}",
+            )
     try:
         return RunConfig.model_validate(layered(file, command_line))
     except ValidationError as error:

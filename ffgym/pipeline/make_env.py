@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.config.tables import RunConfig
-from ffgym.config.toml import given_values, layered, load_config
+from ffgym.config.toml import load_config
 from ffgym.envs.pruning_env import PruningEnv
 from ffgym.envs.vector import PruningVectorEnv
-from ffgym.errors import ConfigError, DataError, UnknownNameError
+from ffgym.errors import DataError, UnknownNameError
 from ffgym.models.modes import own_modes
 from ffgym.pipeline.task import open_task
 from ffgym.prepare.configured import schedule_of
@@ -33,13 +33,13 @@ def make_pruning_env(
         render_mode: ``"rgb_array"``, or ``None`` for no pictures.
         num_workers: processes that measure, in place of ``workers.count``; they end when the environment is closed.
         tables: tables of the configuration, e.g. ``prune={"sparsity": 0.3}``; their keys win over those of ``config``.
-            Not together with a ``RunConfig``.
 
     Raises:
         FFGymError: an unknown table, key, plugin or render mode, an impossible value, a model or text that does not
             load, or too little room for the workers.
     """
-    return _pruning_env(_resolved(config, tables, num_workers), 1, render_mode)
+    config = load_config(load_config(config, **tables), workers={"count": num_workers})
+    return _pruning_env(config, 1, render_mode)
 
 
 @own_modes()
@@ -74,26 +74,7 @@ def make_pruning_vector_env(
     """
     if num_envs < 1:
         raise DataError(f"num_envs is {num_envs}: an update needs episodes", hint="Give 1 or more.")
-    config = _resolved(config, tables, num_workers)
+    config = load_config(load_config(config, **tables), workers={"count": num_workers})
     env = _pruning_env(config, num_envs, render_mode)
     budget = config.search.episodes * env.episode_tokens
     return PruningVectorEnv(env, schedule_of(config), num_envs=num_envs, token_budget=budget)
-
-
-def _resolved(
-    config: RunConfig | dict[str, Any] | str | Path | None, tables: dict[str, Any], workers: int | None
-) -> RunConfig:
-    if isinstance(config, RunConfig) and tables:
-        raise ConfigError(
-            f"config is a complete RunConfig already, and {', '.join(tables)} came beside it",
-            hint="Give load_config() all tables, or leave config out and give them here.",
-        )
-    file, given = None, {}
-    if isinstance(config, str | Path):
-        file = config
-    else:
-        given = config.model_dump() if isinstance(config, RunConfig) else config or {}
-    tables = layered(given, given_values(tables, RunConfig))
-    if workers is not None and isinstance(counted := tables.get("workers", {}), dict):
-        tables["workers"] = {**counted, "count": workers}
-    return load_config(file, **tables)

@@ -364,7 +364,11 @@ def test_a_bench_file_is_refused_as_such(tmp_path: Path) -> None:
     assert raised.value.hint == f"Run it: ffgym bench {path}"
 
 
-def test_a_dict_in_place_of_a_path_is_refused_with_the_call_that_takes_it() -> None:
-    with pytest.raises(ConfigError, match="got a dict") as raised:
-        load_config({"prune": {"sparsity": 0.3}})  # type: ignore[arg-type]
-    assert raised.value.hint == "Pass tables by name: load_config(**tables)."
+def test_a_dict_may_take_the_place_of_a_file() -> None:
+    tables = {"prune": {"sparsity": 0.3, "ridge": None}, "agent": {"name": "cma-es", "smooth": 0.9}}
+    assert load_config(tables, prune={"ridge": 0.1}) == load_config(
+        **tables | {"prune": {"sparsity": 0.3, "ridge": 0.1}}
+    )
+    assert load_config(tables, agent={"name": "random"}).agent.options == {}
+    with pytest.raises(ConfigError, match="unknown table or key 'pruned' in the configuration"):
+        load_config({"pruned": {}})

@@ -192,14 +192,9 @@ def test_a_key_beside_plain_tables_wins_and_leaves_the_others(tiny_run, tmp_path
     tables = {**tiny_run, "prune": {"sparsity": 0.3, "resource": "kv", "align": 16}}
     file = tmp_path / "run.toml"
     file.write_text(to_toml(RunConfig.model_validate(tables)))
-    for config in (tables, file):
+    for config in (tables, file, configured(tables)):
         env = make_pruning_env(config, prune={"sparsity": 0.1, "resource": None})
         assert (env.sparsity, env.budget.resource) == (0.1, "kv")
-
-
-def test_tables_beside_a_whole_configuration_are_refused(tiny_run):
-    with pytest.raises(ConfigError, match="RunConfig already, and prune, search came beside it"):
-        make_pruning_env(configured(tiny_run), prune={"sparsity": 0.35}, search={"episodes": 8})
 
 
 @pytest.mark.parametrize(("ridge", "allowed"), [("auto", set(RIDGE_GRID)), (0.7, {0.7})])
