@@ -15,7 +15,6 @@ from ffgym.cli.printing import print_json
 from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config, to_toml
 from ffgym.errors import ConfigError
-from ffgym.plugins.architectures import check_folder_architecture
 from ffgym.prepare.configured import meanings
 
 NO_COST = {"--seed", "--output", "--overwrite", "--save-at"}  # of a plan
@@ -81,22 +80,18 @@ def plan(
         if context.params[parameter_of("--model")] is not None:
             raise typer.BadParameter("the model is named by --model already", param_hint="MODEL")
         config = load_config(config, model={"name": model})
-    from ffgym.pipeline.start import check_plugins, settle
+    from ffgym.pipeline.start import check_inputs, settle
 
     config = settle(config)
-    check_folder_architecture(config.model.name)
     from rich.console import Console
 
     from ffgym.pipeline.plan import plan_run
     from ffgym.plan.table import show, to_json
     from ffgym.plugins import manager
-    from ffgym.prepare.parts import check_measurements, check_texts
 
-    check_plugins(config)
-    check_texts(config.data)
+    check_inputs(config)
     # search.init_from is not read: the run that writes that policy may come later
     found = plan_run(config, manager.create("agent", config.agent.name, config.agent.options))
-    check_measurements(config)
     if as_json:
         print_json(to_json(found))
     else:
@@ -111,10 +106,9 @@ def prepare_model(config: RunConfig) -> None:
     A run with the same model, criterion, calibration, text and number of threads then opens what was prepared.
     For `bench --workers 2` on two cores, where each worker has one thread, set OMP_NUM_THREADS=1.
     """
-    from ffgym.pipeline.start import check_plugins, settle
+    from ffgym.pipeline.start import check_inputs, settle
 
     config = settle(config)
-    check_folder_architecture(config.model.name)
     from ffgym.pipeline.compare import asked_rules
     from ffgym.pipeline.task import open_task
     from ffgym.plugins import manager
@@ -122,7 +116,7 @@ def prepare_model(config: RunConfig) -> None:
     from ffgym.prepare.store import is_stored
     from ffgym.report.progress import Reporter
 
-    check_plugins(config)
+    check_inputs(config)
     criterion: Criterion = manager.create("criterion", config.criterion.name, config.criterion.options)
     if not is_stored(criterion, config.prune.calibration):
         raise ConfigError(

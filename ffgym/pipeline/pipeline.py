@@ -32,13 +32,12 @@ from ffgym.pipeline.plan import plan_run, planned_steps, slope_share
 from ffgym.pipeline.result import RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session
-from ffgym.pipeline.start import check_plugins
+from ffgym.pipeline.start import check_inputs
 from ffgym.pipeline.task import Task, at_target, open_task
 from ffgym.pipeline.training import train
 from ffgym.plan import counts
 from ffgym.plan.plan import Plan
 from ffgym.prepare.configured import namesakes
-from ffgym.prepare.parts import check_measurements, check_texts
 from ffgym.prepare.store import check_store_folder
 from ffgym.prepare.workers import cluster_of, report_idle_workers
 from ffgym.recover.text import gather
@@ -68,14 +67,11 @@ def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None
             f"model.name = {config.model.name!r} leads nowhere from here; it was {place} where the run began",
             hint="Continue the run in the directory where you started it.",
         )
-    check_plugins(config)
+    check_inputs(config, is_resumed=resumed is not None)
     agent = make_agent(config)
     plan = plan_run(config, agent)  # first: a model that does not exist must leave no folder and no MLflow run
     check_weights(config.model.name)
-    check_texts(config.data)
     check_store_folder()
-    if resumed is None:
-        check_measurements(config)  # a resumed run has its own latency table
     reporter.print(plan.summary)
     plan.check()
     with (
@@ -104,12 +100,10 @@ def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None
 
 def prepare(config: RunConfig, session: Session, plan: Plan, cluster: Cluster | None = None) -> Task:
     """Model, splits, pruning paths, budget and environment, with what the plan and an earlier session settled."""
-    settled: dict[str, str] = {"placement": "stream" if plan.load.streamed else config.model.placement}
-    if session.place.record.dtype is not None and config.model.dtype == "auto":  # auto might choose another one now
-        settled["dtype"] = session.place.record.dtype
-    placed = config.model_copy(update={"model": config.model.model_copy(update=settled)})
+    chosen = session.place.record.dtype or config.model.dtype  # auto might choose another one now
+    placed = config.model_copy(update={"model": config.model.model_copy(update={"dtype": chosen})})
     recorded = session.folder if session.place.resumed else None
-    task = open_task(placed, asked_rules(config), session.progress, recorded=recorded, cluster=cluster)
+    task = open_task(placed, asked_rules(config), session.progress, plan=plan, recorded=recorded, cluster=cluster)
     return replace(task, config=config)
 
 

@@ -46,7 +46,6 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
             hint="Leave it out, or pass Console(quiet=True) to hear nothing.",
         )
     config = settle(config)
-    check_folder_architecture(config.model.name)
     if resume is None:
         check_output(config)
     else:
@@ -57,10 +56,21 @@ def run(config: RunConfig, *, progress: Console | None = None, resume: str | Pat
 
 
 def settle(config: RunConfig) -> RunConfig:
-    """Let a heuristic stand in for an agent, check that the agent fits, and spell out all options of plugins."""
+    """Let a heuristic stand in for an agent, check that agent and model fit, and spell out all options of plugins."""
+    check_folder_architecture(config.model.name)
     config = configured.resolve_agent(config)
     configured.check_agent_fits(config)
     return configured.with_options(config)
+
+
+def check_inputs(config: RunConfig, *, is_resumed: bool = False) -> None:
+    """Refuse bad plugins, texts and measurements before weights are loaded; a resumed run has measured by itself."""
+    from ffgym.prepare.parts import check_measurements, check_texts  # torch
+
+    check_plugins(config)
+    check_texts(config.data)
+    if not is_resumed:
+        check_measurements(config)
 
 
 def check_plugins(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from ffgym.errors import ConfigError
 from ffgym.evaluation.evaluator import Evaluator
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.models.loading import LoadedModel
+from ffgym.plan.plan import Plan
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent, Heuristic
 from ffgym.plugins.contracts import check_importance
@@ -89,6 +90,7 @@ def open_task(
     heuristics: Sequence[tuple[str, JSONDict]],
     reporter: Reporter,
     *,
+    plan: Plan | None = None,
     recorded: Path | None = None,
     cluster: Cluster | None = None,
 ) -> Task:
@@ -96,10 +98,11 @@ def open_task(
 
     Args:
         heuristics: (name, options) of every heuristic that will be asked; what they need is kept.
+        plan: of the run; made where left out.
         recorded: folder of the run, where it goes on: what it has measured before is not measured again.
     """
     with reporter.stage(LOADING, 1):
-        loaded, splits = load_parts(config)
+        loaded, splits = load_parts(config, plan)
     reporter.print(f"{loaded.description}, {loaded.dtype_name} on {loaded.device}")
     needs = needs_of(heuristics)
     costs = _costs(config, loaded.model, reporter, recorded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ffgym.config.toml import load_config
 from ffgym.pipeline.artifacts import PICTURES, description, tracked_result, write_table
 from ffgym.pipeline.compare import with_recovered
 from ffgym.pipeline.result import RunResult
@@ -17,11 +18,11 @@ from ffgym.search.loop import SearchResult
 def train(result: RunResult, found: SearchResult, texts: RecoveryTexts | None, session: Session) -> RunResult:
     """Train the saved model where the run asks for it, add its row to the table, and log the table."""
     if texts is not None and result.saved is not None:
-        measured_in, model = str(session.place.record.dtype), session.config.model
-        if model.dtype == "auto" and measured_in != "float16":  # auto might choose another one now
-            model = model.model_copy(update={"dtype": measured_in})
+        measured_in, config = str(session.place.record.dtype), session.config
+        if measured_in != "float16":  # auto might choose another one now, and nothing trains in this one
+            config = load_config(config, model={"dtype": measured_in})
         recovered = train_and_save(
-            session.config.model_copy(update={"model": model}),
+            config,
             result.saved.path,
             output_folder(result.saved.path),
             session.tracker,

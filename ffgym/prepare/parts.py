@@ -36,6 +36,7 @@ from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
 from ffgym.models.families import family_of
 from ffgym.models.loading import LoadedModel, config_of, context_limit, load
 from ffgym.models.placement import choose_device, tokens_per_batch
+from ffgym.plan.plan import Plan
 from ffgym.plan.shape import skeleton_of
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Criterion, Reward
@@ -53,8 +54,8 @@ LOADING = "load model and text"
 PREPARING = "collect statistics, order and factorise"
 
 
-def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
-    """Load the model and cut the three splits.
+def load_parts(config: RunConfig, plan: Plan | None = None) -> tuple[LoadedModel, Splits]:
+    """Load the model as its plan says, which is made where left out, and cut the three splits.
 
     Raises:
         FitError: preparing it needs more memory than there is.
@@ -62,7 +63,7 @@ def load_parts(config: RunConfig) -> tuple[LoadedModel, Splits]:
         DataError, UnknownNameError: text that is not there.
         PluginError: its family is another package's and does not fit it.
     """
-    model, plan = config.model, plan_of(config)
+    model, plan = config.model, plan or plan_of(config)
     plan.check()
     check_texts(config.data)
     loaded = load(
