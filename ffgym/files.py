@@ -25,6 +25,7 @@ from typing import Annotated, Any, BinaryIO, Generic, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import to_json
 from safetensors import SafetensorError
 
 from ffgym.errors import FFGymError, OutputError
@@ -79,6 +80,10 @@ class FileFormat(Generic[T]):
             return self._adapter.validate_json(content)
         except ValidationError as error:
             raise self.refused(source, _first_problem(error)) from None
+
+    def write(self, path: Path, value: T) -> None:
+        """Write the JSON file that `read` gives the value back from, as `write_text` does."""
+        write_text(path, to_json(value, inf_nan_mode="strings").decode() + "\n")
 
     def text(self, path: Path, most: int = MOST_BYTES) -> str:
         """The text (UTF-8) of a file, with the line ends of Unix."""

@@ -6,7 +6,6 @@ Everything is written to a temporary folder beside its place and renamed into it
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -23,7 +22,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 
 from ffgym.errors import AssetError, ConfigError
-from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, write_text, writing
+from ffgym.files import FileFormat, exclusive_lock, give_ordinary_modes, writing
 
 DEFAULT_SIZE = "50GB"
 OTHER_CACHE = "set FFGYM_CACHE to another folder"  # what else there is to do where the cache cannot be written
@@ -96,7 +95,7 @@ def _record(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (RECORD, ADDED_TO)
     }
-    write_text(folder / RECORD, json.dumps(digests, indent=1) + "\n")
+    DIGESTS.write(folder / RECORD, digests)
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from ffgym.errors import ModelError, OutputError, first_line
 from ffgym.files import replacing, write_text
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading_errors import quiet
-from ffgym.models.origin import FILE, Origin
+from ffgym.models.origin import FILE, RECORD, Origin
 from ffgym.models.towers import ABOUT_THE_SOURCE, PROCESSOR_FILES, Towers
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.report.card import LOAD_CODE
@@ -181,7 +181,7 @@ def _write(
         for file in files:
             shutil.copyfile(file, folder / file.name)
         if origin is not None:
-            write_text(folder / FILE, json.dumps(asdict(origin), indent=2) + "\n")
+            RECORD.write(folder / FILE, origin)
     return SavedModel(place, sum(parameter.numel() for parameter in model.parameters()))
 
 

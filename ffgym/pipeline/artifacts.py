@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from pydantic_core import to_json
 
 from ffgym.config.mixture import shares
 from ffgym.config.tables import RunConfig
@@ -16,6 +15,7 @@ from ffgym.data.corpora import source_of
 from ffgym.data.splits import ROLES, Splits
 from ffgym.export.checkpoint import SavedModel, load_code
 from ffgym.files import write_text
+from ffgym.pipeline.stored import FRONT, TABLE
 from ffgym.pipeline.task import Task
 from ffgym.plugins import manager
 from ffgym.plugins.bases import Agent
@@ -27,7 +27,7 @@ from ffgym.report.front import Front, front_figure, point_name
 from ffgym.report.layout import strict
 from ffgym.report.table import ReportTable, Row
 from ffgym.search.loop import SearchResult
-from ffgym.search.policy import policy_text
+from ffgym.search.policy import POLICY, Policy
 from ffgym.tracking.names import Result, parameters
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Allocation, JSONDict
@@ -49,14 +49,9 @@ $ ffgym run --config config.toml --output NEW_FOLDER
 ```"""
 
 
-def _write_exactly(path: Path, data: ReportTable | Front) -> None:
-    """Write what is read back as it was: JSON has no infinity and no NaN, so they are strings there."""
-    write_text(path, to_json(data, inf_nan_mode="strings").decode() + "\n")
-
-
 def write_table(folder: Path, table: ReportTable) -> None:
     """``report.md``, ``report.json``, ``losses.json`` and, where differences are known, ``differences.png``."""
-    _write_exactly(folder / "losses.json", table)  # first: the table is read from it
+    TABLE.write(folder / "losses.json", table)  # first: the table is read from it
     write_text(folder / "report.md", table.layout().markdown())
     write_text(folder / "report.json", json.dumps(table.layout().as_dicts(), indent=2))
     differences = [(row.label, found) for row in table.rows if (found := table.difference(row)) is not None]
@@ -75,9 +70,9 @@ def write_found(
         write_text(folder / file, json.dumps(allocation_json(found), indent=2))
         tracker.log_artifact(folder / file)
     if state := check_state(agent):
-        sublayers = task.prepared.prunable.sublayers
-        text = policy_text(task.config.agent.name, task.config.prune.sparsity, sublayers, state)
-        write_text(folder / "policy.json", text)
+        sublayers = tuple(sublayer.name for sublayer in task.prepared.prunable.sublayers)
+        policy = Policy(agent=task.config.agent.name, state=state, sublayers=sublayers)
+        POLICY.write(folder / "policy.json", policy)
         tracker.log_artifact(folder / "policy.json")
 
 
@@ -147,7 +142,7 @@ def write_front(
     tracker: Tracker, front: Front, points: Sequence[SearchResult], config: RunConfig, folder: Path
 ) -> None:
     """Write a front down; in MLflow every point is a child of the run."""
-    _write_exactly(folder / "front.json", front)
+    FRONT.write(folder / "front.json", front)
     write_text(folder / "front.md", front.layout().markdown())
     front_figure(front, folder / "front.png")
     settings = parameters(config.model_dump(mode="json"))

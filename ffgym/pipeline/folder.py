@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -317,7 +316,7 @@ class RunFolder:
     def note(self, record: RunRecord) -> None:
         """Remember it for later sessions."""
         self.record = record
-        write_text(self.path / "run.json", json.dumps(asdict(record)) + "\n")
+        RECORD.write(self.path / "run.json", record)
 
     def can_go_on(self) -> bool:
         """Whether there is something that a later session could go on with."""

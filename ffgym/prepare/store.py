@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from ffgym.data.cache import OTHER_CACHE, cache_dir, entries, is_whole, lock_of, shrink, size_limit, write_folder_once
 from ffgym.errors import AssetError, first_line
-from ffgym.files import FileFormat, check_room, exclusive_lock, write_text, writing
+from ffgym.files import FileFormat, check_room, exclusive_lock, writing
 from ffgym.models.checkpoint import TensorFile
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
@@ -304,7 +304,7 @@ class _Writer:
         """Write the record."""
         ridges, energies, affine, tokens = zip(*self._facts, strict=True)
         record = PreparedRecord(key, dict(what), ridges, energies, affine, tokens)
-        write_text(self._folder / "record.json", json.dumps(asdict(record), indent=1) + "\n")
+        RECORD.write(self._folder / "record.json", record)
 
 
 def _file(folder: Path, layer: int) -> Path:

@@ -75,7 +75,7 @@ class Checkpoint:
             self._check(path, overwrite)
         if self.exists:
             return
-        self.write(IDENTITY, json.dumps(self.identity, indent=2))
+        _IDENTITY.write(path, self.identity)
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat
-from ffgym.types import JSONDict, Sublayer
+from ffgym.types import JSONDict
 
 
 def _finite(state: JSONDict) -> JSONDict:
@@ -61,21 +60,3 @@ def read_policy(source: Path, agent: str) -> Policy:
             hint=f"Use --agent {policy.agent}, or start from a run of {agent!r}.",
         )
     return policy
-
-
-def policy_text(agent: str, sparsity: float | str, sublayers: Sequence[Sublayer], state: JSONDict) -> str:
-    """What a ``policy.json`` holds.
-
-    Args:
-        agent: its name.
-        sparsity: what it was trained at, or the range.
-        sublayers: the 2L sublayers that its importances are for.
-        state: of the agent, as `check_state` returned it.
-    """
-    policy = {
-        "agent": agent,
-        "sparsity": sparsity,
-        "sublayers": [sublayer.name for sublayer in sublayers],
-        "state": state,
-    }
-    return json.dumps(policy)
