@@ -296,7 +296,7 @@ def evaluate(
             if loaded.origin:
                 reporter.print(f"Data: {loaded.origin}")
             measured = evaluate_models(
-                models, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, stage=reporter.stage
+                models, loaded, limit=limit, batch_size=batch_size, dtype=dtype, device=device, reporter=reporter
             )
             for so_far in measured:
                 scores = so_far

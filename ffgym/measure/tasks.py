@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -23,15 +22,13 @@ from ffgym.errors import ConfigError, ModelError, raising_if_out_of_memory
 from ffgym.measure.metrics import Metric, score
 from ffgym.measure.task_definitions import BATCH_SIZE, PAPER_TASKS, LoadedTask, TaskSet, quiet
 from ffgym.report.paired import standard_error
+from ffgym.report.progress import Reporter
 from ffgym.types import OnStep, do_nothing, perplexity_of
 
 if TYPE_CHECKING:
     from ffgym.measure.texts import TextLosses
     from ffgym.models.loading import LoadedModel
     from ffgym.models.origin import DenseModel
-
-Stages = Callable[[str, int], AbstractContextManager[OnStep]]
-"""Opens a stage of work, by its label and its total."""
 
 # acc is the share of right answers; acc_norm first divides an answer's log-likelihood by its length.
 MEANS = {"acc": ("acc",), "acc_norm, else acc": ("acc_norm", "acc")}
@@ -237,7 +234,7 @@ def evaluate_models(
     batch_size: int = BATCH_SIZE,
     dtype: str = "auto",
     device: str = "auto",
-    stage: Stages,
+    reporter: Reporter,
 ) -> Iterator[list[ModelScores]]:
     """Measure several models, one after the other, on the same tasks.
 
@@ -266,7 +263,7 @@ def evaluate_models(
         scores = ModelScores(name, model.description, model.dtype_name, str(model.device))
         done.append(scores)
         for task in tasks.tasks:
-            with stage(f"{name}, {task.name}", 1) as progress:
+            with reporter.stage(f"{name}, {task.name}", 1) as progress:
                 result = evaluate_task(model, task, limit=limit, batch_size=batch_size, on_progress=progress)
                 if isinstance(task.task, Corpus):
                     result = replace(result, uses=uses_of(task.task, Path(model.name), digest_of))

@@ -32,16 +32,6 @@ from ffgym.tracking.names import Result, parameters
 from ffgym.tracking.tracker import Tracker, environment_tags
 from ffgym.types import Allocation, JSONDict
 
-PICTURES = {
-    "front.png": "Perplexity against sparsity, for every budget of the range.",
-    "differences.png": "Difference of every row from the best heuristic, on the same windows of text.",
-    "units_kept.png": "Share of its units that every sublayer keeps, over depth.",
-    "reward.png": "Reward over the tokens that the search evaluated.",
-    "allocations.png": "What every update of the search kept of every layer, on average.",
-}
-"""What a run draws, with captions."""
-
-
 REPEAT = """Repeat the run with its artifact `config.toml`:
 
 ```console

@@ -24,13 +24,22 @@ from ffgym.prepare import configured
 from ffgym.tracking.masking import masked
 from ffgym.types import JSONDict, Notify
 
+PICTURES = {
+    "front.png": "Perplexity against sparsity, for every budget of the range.",
+    "differences.png": "Difference of every row from the best heuristic, on the same windows of text.",
+    "units_kept.png": "Share of its units that every sublayer keeps, over depth.",
+    "reward.png": "Reward over the tokens that the search evaluated.",
+    "allocations.png": "What every update of the search kept of every layer, on average.",
+}
+"""What a run draws, with captions."""
+
 # What a run writes: --overwrite clears these and nothing else.
 WRITTEN = frozenset(
     {"config.toml", "run.json", "episodes.jsonl", "episodes-random.jsonl"}
     | {"allocation.json", "policy.json"}
     | {"report.md", "report.json", "losses.json", "report.html"}
-    | {"units_kept.png", "reward.png", "allocations.png", "differences.png"}
-    | {"front.json", "front.md", "front.png", "model"}
+    | {"front.json", "front.md", "model"}
+    | PICTURES.keys()
 )
 UNSENT = r"[0-9a-f]{32}\.unsent\.(jsonl|lock)"  # records that MLflow has not taken yet
 # For each point of a front: allocation-0.20.json, model-0.20, and model-0.20-recovered. What ffgym recover writes.
@@ -41,9 +50,9 @@ WRITTEN_PER_POINT = re.compile(
 )
 # Files that were being written, or replaced, when a run was killed.
 LEFTOVER = re.compile(r"\.(.+)\.part-[0-9a-f]{8}(?:\.old)?")
-TABLE = "report.json"
+REPORT = "report.json"
 MEASURE_AGAIN = (
-    f"Delete {TABLE} in that folder; `ffgym run --resume FOLDER` then makes all results again without a search."
+    f"Delete {REPORT} in that folder; `ffgym run --resume FOLDER` then makes all results again without a search."
 )
 RESULT = FileFormat("result of a run", JSONDict, OutputError, MEASURE_AGAIN)
 LOCK = ".lock"  # held by the run that writes into the folder
@@ -177,7 +186,7 @@ def read_record(folder: Path) -> RunRecord:
 
 def is_searched(folder: Path) -> bool:
     """Whether the search of the run in a folder is complete, and its table written."""
-    return (folder / TABLE).is_file()
+    return (folder / REPORT).is_file()
 
 
 def is_finished(folder: Path, config: RunConfig) -> bool:
@@ -325,7 +334,7 @@ class RunFolder:
     def finish(self) -> None:
         """Note that the run is finished, and what it left."""
         (self.path / "report.html").unlink(missing_ok=True)  # of the unfinished run
-        left = [path.name for path in contents(self.path) if path.name == TABLE or path.name.startswith("model")]
+        left = [path.name for path in contents(self.path) if path.name == REPORT or path.name.startswith("model")]
         self.note(replace(self.record, results=tuple(left)))
 
     def end_early(self, stop: BaseException, notify: Notify) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 from ffgym.config.mixture import described
 from ffgym.config.toml import written
 from ffgym.export.checkpoint import load_code
-from ffgym.pipeline.artifacts import PICTURES
 from ffgym.pipeline.compare import target_model_folder
-from ffgym.pipeline.folder import read_record, resume_command
+from ffgym.pipeline.folder import PICTURES, read_record, resume_command
 from ffgym.pipeline.stored import StoredRun, read_front
 from ffgym.recover.folders import output_folder
 from ffgym.report.front import Front

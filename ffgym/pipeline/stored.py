@@ -13,7 +13,7 @@ from ffgym.config.tables import PluginTable, RunConfig, table_model
 from ffgym.config.toml import PLUGIN_TABLES, differences, written
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
-from ffgym.pipeline.folder import MEASURE_AGAIN, resume_command, stored_config
+from ffgym.pipeline.folder import MEASURE_AGAIN, is_searched, resume_command, stored_config
 from ffgym.prepare.configured import ONCE
 from ffgym.report.comparison import ComparedRun, Comparison
 from ffgym.report.front import Front
@@ -56,8 +56,7 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
                 f"the folder of the run {found.name} ({found.id}) {where}", hint="Name the folder where it lies now."
             )
         folder = found.folder
-    config, has_table = stored_config(folder), (folder / "report.json").is_file()
-    return StoredRun(folder.resolve(), config, read_table(folder) if has_table else None)
+    return StoredRun(folder.resolve(), stored_config(folder), read_table(folder) if is_searched(folder) else None)
 
 
 def read_table(folder: Path) -> ReportTable:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ffgym.config.toml import load_config
-from ffgym.pipeline.artifacts import PICTURES, description, tracked_result, write_table
+from ffgym.pipeline.artifacts import description, tracked_result, write_table
 from ffgym.pipeline.compare import with_recovered
+from ffgym.pipeline.folder import PICTURES
 from ffgym.pipeline.result import RunResult
 from ffgym.pipeline.session import Session
 from ffgym.recover.folders import output_folder

@@ -8,21 +8,24 @@ import json
 import math
 import os
 import weakref
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import task_wheel
 import torch
+from rich.console import Console
 
 from ffgym.errors import ConfigError, DataError, ModelError, UnknownNameError
 from ffgym.measure import task_definitions as tasks
 from ffgym.measure.task_definitions import PAPER_TASKS, load_tasks
 from ffgym.measure.tasks import Figure, TaskResult, check_models, evaluate_models, evaluate_task, paper_means
 from ffgym.models.loading import LoadedModel, load
+from ffgym.report.progress import Reporter
 
 pytest.importorskip("lm_eval")
+
+QUIET = Reporter(Console(quiet=True))
 
 
 @pytest.fixture(scope="session")
@@ -296,14 +299,9 @@ def test_too_little_memory_names_the_batch_size(model):
 # --- several models ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def silent(label: str, total: int) -> Any:
-    yield lambda done, total: None
-
-
 def test_several_models_are_measured_one_after_the_other(folder):
     loaded = load_tasks(["piqa", "boolq"])
-    steps = list(evaluate_models([str(folder)] * 2, loaded, dtype="float32", device="cpu", stage=silent))
+    steps = list(evaluate_models([str(folder)] * 2, loaded, dtype="float32", device="cpu", reporter=QUIET))
     assert [[len(scores.results) for scores in step] for step in steps] == [[1], [2], [2, 1], [2, 2]]
     first, second = steps[-1]
     assert first == second
@@ -325,7 +323,9 @@ def test_a_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
     monkeypatch.setattr(ffgym.models.loading, "load", watched)
     gc.disable()
     try:
-        for _ in evaluate_models([str(folder)] * 2, load_tasks(["piqa"]), dtype="float32", device="cpu", stage=silent):
+        for _ in evaluate_models(
+            [str(folder)] * 2, load_tasks(["piqa"]), dtype="float32", device="cpu", reporter=QUIET
+        ):
             pass
     finally:
         gc.enable()

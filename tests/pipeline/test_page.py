@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.errors import PluginError
-from ffgym.pipeline.artifacts import PICTURES, write_table
-from ffgym.pipeline.folder import RunFolder, RunRecord
+from ffgym.pipeline.artifacts import write_table
+from ffgym.pipeline.folder import PICTURES, RunFolder, RunRecord
 from ffgym.pipeline.stored import read_table
 from ffgym.report.figures import new_figure, save_figure
 from ffgym.report.front import TIE

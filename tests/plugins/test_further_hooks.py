@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -21,6 +21,7 @@ from ffgym.measure.task_table import TaskTable, as_dict
 from ffgym.measure.tasks import evaluate_models
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins import manager
+from ffgym.report.progress import Reporter
 
 Install = Callable[..., None]
 
@@ -233,9 +234,7 @@ def ffgym_metrics():
 
 def evaluated(model: str, *tasks: str, limit: int | None = None) -> dict[str, Any]:
     loaded = load_tasks(list(tasks))
-    *_, scores = evaluate_models(
-        [model], loaded, limit=limit, device="cpu", stage=lambda *_: contextlib.nullcontext(lambda *_: None)
-    )
+    *_, scores = evaluate_models([model], loaded, limit=limit, device="cpu", reporter=Reporter(Console(quiet=True)))
     return as_dict(TaskTable(tuple(scores), loaded, None))
 
 
