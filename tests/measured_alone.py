@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ffgym.types import do_nothing
+import torch
 
-if TYPE_CHECKING:
-    import torch
-
-    from ffgym.data.examples import EncodedExample
-    from ffgym.evaluation.evaluator import Evaluator, Request
-    from ffgym.models.cut import PrunableModel
-    from ffgym.types import Evaluation, OnShare
+from ffgym.data.examples import EncodedExample
+from ffgym.evaluation.divergence import divergence_from, window_divergences
+from ffgym.evaluation.evaluator import Evaluator, Request
+from ffgym.evaluation.multiple_choice import batches, padded, right_answers, task_accuracy
+from ffgym.evaluation.perplexity import evaluate, predicting
+from ffgym.evaluation.slopes import mean_slopes, unit_slopes
+from ffgym.models.cut import PrunableModel
+from ffgym.models.walk import Stream, Walk, all_states
+from ffgym.types import Evaluation, OnShare, do_nothing
 
 
 def measured_alone(
@@ -30,14 +32,6 @@ def measured_alone(
 
     Slopes are measured window by window too.
     """
-    import torch
-
-    from ffgym.evaluation.divergence import divergence_from
-    from ffgym.evaluation.multiple_choice import task_accuracy
-    from ffgym.evaluation.perplexity import evaluate
-    from ffgym.evaluation.slopes import mean_slopes, unit_slopes
-    from ffgym.models.walk import Stream, Walk, all_states
-
     text, asked = windows[list(request.windows)], [examples[i] for i in request.examples]
     divergences = request.needs & {"kl", "reverse_kl"}
     examples_batch = 1 if request.kept == prunable.dense_units else tokens_per_batch
@@ -75,8 +69,6 @@ def measured_alone(
 
 def answered_right(model: Any, examples: Sequence[EncodedExample], *, tokens_per_batch: int = 4096) -> list[bool]:
     """Whether the right answer is the likeliest of each example."""
-    from ffgym.evaluation.multiple_choice import batches, right_answers
-
     right = [False] * len(examples)
     for batch in batches(examples, tokens_per_batch):
         asked = [examples[i] for i in batch]
@@ -87,10 +79,6 @@ def answered_right(model: Any, examples: Sequence[EncodedExample], *, tokens_per
 
 def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list[float]]:
     """Log-likelihood of every answer given its context, in nats, by an ordinary call of the model."""
-    import torch
-
-    from ffgym.evaluation.multiple_choice import padded
-
     rows = padded(model, examples)
     with torch.inference_mode():
         hidden = model.base_model(
@@ -101,10 +89,6 @@ def log_likelihoods(model: Any, examples: Sequence[EncodedExample]) -> list[list
 
 def final_hidden(model: Any, windows: torch.Tensor) -> torch.Tensor:
     """Final hidden states that predict a token, shape (windows, length - 1, d)."""
-    import torch
-
-    from ffgym.evaluation.perplexity import predicting
-
     with torch.inference_mode():
         return predicting(model, windows)[0]
 
@@ -118,12 +102,6 @@ def compared(
     tokens_per_batch: int = 4096,
 ) -> Evaluation:
     """Losses and divergences of a model from the one whose `final_hidden` states these are, one window each."""
-    import torch
-
-    from ffgym.evaluation.divergence import window_divergences
-    from ffgym.evaluation.perplexity import predicting
-    from ffgym.types import Evaluation
-
     size = max(1, tokens_per_batch // windows.shape[1])
     rows = []
     with torch.inference_mode():
@@ -146,7 +124,6 @@ class Recording:
     Attributes:
         calls: the requests of every call.
     """
-
     def __init__(self, executor: Evaluator) -> None:
         self._executor = executor
         self.calls: list[list[Request]] = []
