@@ -124,6 +124,7 @@ class Recording:
     Attributes:
         calls: the requests of every call.
     """
+
     def __init__(self, executor: Evaluator) -> None:
         self._executor = executor
         self.calls: list[list[Request]] = []
