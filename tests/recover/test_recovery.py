@@ -181,7 +181,7 @@ def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveredMod
     console = Console(file=io.StringIO(), width=300)
     finished[1].print(console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("before", "lora", "±", "nats against before", "trust_remote_code=True", str(finished[1].mlflow_run)):
+    for part in ("before", "lora", "±", "nats against", "trust_remote_code=True", str(finished[1].mlflow_run)):
         assert part in text
     assert len(repr(finished[1]).splitlines()[0]) < 300
     data = json.loads(json.dumps(finished[1].to_json()))
