@@ -498,7 +498,8 @@ class FamilyConformance(PluginConformance):
             for index in range(len(walk.layers)):
                 hidden = walk.layer(index, hidden, entry)
             whole = prunable.model.base_model(input_ids=self.ids, use_cache=False).last_hidden_state
-        assert torch.equal(walk.leave(hidden, entry), whole), "a layer needs more than its arguments, or they the text"
+        last = walk.leave(hidden, entry)
+        assert torch.equal(last, whole), "a layer depends on more than its arguments, or these depend on the text"
 
     def test_losses_are_those_of_the_logits(self) -> None:
         """Losses are computed from the head's weights, so that only what ffgym knows of may change its output."""

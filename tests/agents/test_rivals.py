@@ -52,6 +52,11 @@ class PublishedCMAES(CMAES):
         super().__init__(config or CMAES.Config(smooth=0.0, average=0.0))
 
 
+class TestPublishedCMAES(AgentConformance):
+    def make(self):
+        return PublishedCMAES()
+
+
 def learned(cls, problem, *, dimensions=6, tokens=240, seed=0, noise=0.02, batch=8, prior=0.0, config=None):
     """An agent that has spent its tokens, and the environment that it did so on."""
     env = problem(num_envs=batch, dimensions=dimensions, tokens=tokens, noise=noise)

@@ -183,6 +183,7 @@ def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveredMod
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for part in ("before", "lora", "±", "nats against", "trust_remote_code=True", str(finished[1].mlflow_run)):
         assert part in text
+    assert "| nats against before |" in finished[1].table.layout().markdown(), "a console breaks this head in two"
     assert len(repr(finished[1]).splitlines()[0]) < 300
     data = json.loads(json.dumps(finished[1].to_json()))
     assert [row["label"] for row in data["table"]] == ["dense", "before", "lora"]
