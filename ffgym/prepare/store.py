@@ -6,6 +6,7 @@ layer (unit orders, refit factors, statistics for heuristics) and a JSON record.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -179,8 +180,17 @@ def decisive_code() -> str:
     for name in DECISIVE:
         path = root / name
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-            digest.update(file.read_bytes())
+            digest.update(bare_code(file.read_text("utf-8")).encode())
     return digest.hexdigest()
+
+
+def bare_code(source: str) -> str:
+    """What Python makes of a module: without comments, docstrings and layout, which decide nothing."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def made_under(settings: str) -> Path | None:

@@ -21,7 +21,7 @@ from ffgym.data import cache
 from ffgym.errors import ConfigError, OutputError
 from ffgym.plugins.bases import Criterion
 from ffgym.prepare.paths import OnLayer, Prepared, prepare
-from ffgym.prepare.store import is_stored, opened_or_prepared, store_key, weights_digest
+from ffgym.prepare.store import bare_code, is_stored, opened_or_prepared, store_key, weights_digest
 from ffgym.testing.models import tiny_model
 
 WINDOWS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -349,3 +349,10 @@ class TestSize:
         monkeypatch.setenv("FFGYM_CACHE_SIZE", "plenty")
         with pytest.raises(ConfigError, match="'plenty' is no size"):
             is_stored(Wanda(), "ridge")
+
+
+def test_comments_docstrings_and_layout_make_no_other_store() -> None:
+    said = 'def f(x):\n    """Add one."""\n    # or not\n    return (x +\n            1)\n'
+    assert bare_code(said) == bare_code('def f(x):\n    """Anything."""\n    return x + 1')
+    assert bare_code(said) != bare_code(said.replace("1)", "2)"))
+    assert bare_code("def f(x):\n    return 'Add one.'") != bare_code("def f(x):\n    return 'Add two.'")
