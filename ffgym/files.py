@@ -132,9 +132,11 @@ class FileFormat(Generic[T]):
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML; what is malformed, or nested too deep for Python, is a ``ValueError``."""
+    """Parse TOML; what is malformed, or too deep or too large for Python, is a ``ValueError``."""
     try:
-        return tomllib.loads(text)
+        parsed = tomllib.loads(text)
+        repr(parsed)  # which Python refuses for a hexadecimal number of thousands of digits
+        return parsed
     except RecursionError:
         raise ValueError("nested too deep") from None
 

@@ -73,6 +73,7 @@ class TestFormats:
         ("text", "said"),
         [
             ("a = " + "1" * 5000, "not valid TOML"),
+            ("a = 0x" + "f" * 5000, "not valid TOML"),
             ("a = " + "[" * 3000, "nested too deep"),
             ("a = 1\n" * 100_000, "larger than"),
         ],
@@ -82,7 +83,7 @@ class TestFormats:
         with pytest.raises(ConfigError, match=rf"run\.toml is no configuration, or a damaged one: .*{said}"):
             load_config(tmp_path / "run.toml")
 
-    @pytest.mark.parametrize("value", ["1" * 5000, "[" * 3000])
+    @pytest.mark.parametrize("value", ["1" * 5000, "0x" + "f" * 5000, "[" * 3000])
     def test_an_override_has_the_same_limits(self, value: str) -> None:
         with pytest.raises(ConfigError):
             load_config(None, [f"data.search={value}"])

@@ -140,7 +140,7 @@ def _sparsity(value: Any) -> float | str:
 def _share(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(NO_SPARSITY)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # also of whole numbers too large for a float
         raise ValueError("should be a finite number")
     if value <= 0:
         raise ValueError("should be greater than 0")
