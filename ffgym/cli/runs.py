@@ -18,7 +18,20 @@ from ffgym.config.tables import TrackingTable
 from ffgym.errors import ConfigError, TrackingError, UnknownNameError
 from ffgym.tracking.runs import ID_CHARACTERS, TrackedRun, list_runs
 
-COLUMNS = ("id", "name", "status", "started", "agent", "criterion", "model", "sparsity", "result", "ratio", "tokens")
+COLUMNS = (
+    "id",
+    "name",
+    "status",
+    "started",
+    "agent",
+    "criterion",
+    "seed",
+    "model",
+    "sparsity",
+    "result",
+    "ratio",
+    "tokens",
+)
 HEADS = {"ratio": "x dense"}
 FORMATS = {
     "sparsity": "{:.1%}",

@@ -51,7 +51,7 @@ def stored_run(text: str, root: Path, experiment: str) -> StoredRun:
                 hint="`ffgym bench FILE --report` compares the cells of a bench.",
             )
         if found.folder is None or not found.folder.is_dir():
-            where = "is not known" if found.folder is None else f"{found.folder} does not exist any more"
+            where = "is not known" if found.folder is None else f"{found.folder} does not exist"
             raise OutputError(
                 f"the folder of the run {found.name} ({found.id}) {where}", hint="Name the folder where it lies now."
             )

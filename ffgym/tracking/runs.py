@@ -27,6 +27,7 @@ class TrackedRun:
     started: datetime  # when, in UTC
     agent: str | None = None  # who searched, or the heuristic that was measured without a search
     criterion: str | None = None
+    seed: int | None = None
     model: str | None = None  # what was pruned, as model.name has it
     sparsity: float | None = None  # what was reached over the prunable sublayers, in [0, 1], or else the target
     target: float | None = None  # the sparsity that was asked for; None for a range
@@ -139,6 +140,7 @@ def _tracked(run: Any) -> TrackedRun:
         started=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
         agent=params.get("agent"),
         criterion=params.get("criterion"),
+        seed=int(params["seed"]) if params.get("seed", "").isdecimal() else None,
         model=params.get("model"),
         sparsity=metrics.get("result/sparsity", target),
         target=target,

@@ -32,7 +32,7 @@ def root(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         root = new_store(tmp_path_factory.mktemp("runs") / "mlruns")
-        track(root, "first", result=Result(30.19, 19.6, 0.1998, 1e6, 196_608, 60.0))
+        track(root, "first", result=Result(30.19, 19.6, 0.1998, 1e6, 196_608, 60.0), seed=7)
         track(root, "second", "random", Result(40.0, 19.6, 0.1997))
         track(root, "third", "evolution", Result(25.0, 20.0), prune={"sparsity": 0.3})
         with pytest.raises(ValueError, match="NaN"), Tracker(root, "ffgym", "fourth"):
@@ -57,7 +57,7 @@ def test_a_tracked_run_has_its_settings_and_its_result(root):
     runs = {run.name: run for run in list_runs(root)}
     first, third, fourth = runs["first"], runs["third"], runs["fourth"]
     assert (first.agent, first.criterion, first.model, first.sparsity) == ("reinforce", "wanda", "demo", 0.1998)
-    assert (first.status, first.result, first.tokens) == ("finished", 30.19, 196_608)
+    assert (first.status, first.result, first.tokens, first.seed) == ("finished", 30.19, 196_608, 7)
     assert first.folder == root.parent / "first"
     assert (third.agent, third.sparsity, third.result, third.ratio) == ("evolution", 0.3, 25.0, 1.25)
     assert third.tokens is None
@@ -122,9 +122,9 @@ def test_a_store_or_an_experiment_that_is_not_there_is_named(root, tmp_path):
 
 def test_the_list_shows_what_runs_are_compared_by(root):
     head, *lines = listed(root, "--filter", "name=first").splitlines()
-    assert re.split(r"  +", head) == [*COLUMNS[:9], "x dense", "tokens"]
+    assert re.split(r"  +", head) == [*COLUMNS[:10], "x dense", "tokens"]
     (line,) = lines
-    for part in ("first", "finished", "reinforce", "wanda", "demo", "20.0%", "30.19", "1.540", "196,608"):
+    for part in ("first", "finished", "reinforce  wanda      7     demo", "20.0%", "30.19", "1.540", "196,608"):
         assert part in line
 
 
