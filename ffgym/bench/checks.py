@@ -141,8 +141,8 @@ def _check_equal_terms(bench: Bench) -> None:
 def _terms(config: RunConfig) -> JSONDict:
     """What has to be the same in all cells of one table; a rule searches nothing, so its search may differ.
 
-    Texts to prepare and search with may differ too. What they read of the report's own corpus may not: the report's
-    windows follow it.
+    Texts to prepare and search with may differ too, and how long they are. What they read of the report's own corpus
+    may not: the report's windows follow it.
     """
     search, data = config.search, config.data
     prune = config.prune
@@ -150,7 +150,7 @@ def _terms(config: RunConfig) -> JSONDict:
     terms |= {f"data.{key}": value for key, value in data.model_dump(mode="json").items()}
     for key in ("data.calibration", "data.search"):
         if not shares(terms[key]).keys() & shares(data.report).keys():
-            terms[key] = "no text of data.report"
+            terms[key] = terms[f"{key}_tokens"] = "no text of data.report"
     if not config.searches:
         return terms
     episode = -(-search.episode_tokens // data.window) * data.window

@@ -110,9 +110,21 @@ def test_a_variant_with_the_name_of_an_agent_that_another_would_search(tmp_path:
     assert (cell.config.agent.name, cell.config.search.episodes) == ("random", 12)
 
 
-def test_texts_to_prepare_and_search_with_may_differ(tmp_path: Path) -> None:
+def test_texts_to_prepare_and_search_with_may_differ_and_how_long_they_are(tmp_path: Path) -> None:
     texts = {"calibration": "mine.txt", "search": [str(glass_home() / "c4.txt"), "3*mine.txt"]}
-    bench([bench_file(tmp_path, **variant(data=texts))], only_report=True)
+    for data in (texts, {"calibration_tokens": 4096, "search_tokens": 8192}):
+        bench([bench_file(tmp_path, **variant(data=data))], only_report=True)
+
+
+def test_of_the_reports_own_corpus_all_cells_read_as_much(tmp_path: Path) -> None:
+    """The report's windows follow what they read of it."""
+    both = {"data": {**glass_tables(tmp_path)["data"], "report": str(glass_home() / "c4.txt")}}
+    refused(
+        tmp_path,
+        r"data\.calibration_tokens is \d+ for random and 4096 for other",
+        tables=both,
+        **variant(data={"calibration_tokens": 4096}),
+    )
 
 
 def test_slopes_count_in_the_tokens_of_an_update(tmp_path: Path) -> None:
