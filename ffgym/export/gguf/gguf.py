@@ -6,14 +6,13 @@ import contextlib
 import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import gguf
 import torch
-from gguf import MODEL_TENSOR
 from pydantic import BaseModel, Field
 
 from ffgym.errors import ModelError
@@ -82,7 +81,7 @@ class Gguf(ExportFormat):
         config, saved = read_checkpoint(folder)
         contents = read_contents(config, saved)
         architecture = choose_architecture(contents)
-        tensors = list(_tensors(architecture, contents, saved))
+        tensors = list(_Tensors(architecture, contents, saved).every())
         if left := [name for name in saved.left if not name.endswith("rotary_emb.inv_freq")]:
             raise ModelError(
                 f"a GGUF file of architecture {architecture.name} has no place for {left[0]}"
@@ -138,100 +137,89 @@ def _notes(architecture: Architecture, contents: Contents) -> Iterator[str]:
 # --- the tensors ------------------------------------------------------------------------------------------------------
 
 
-def _tensors(architecture: Architecture, contents: Contents, saved: SavedWeights) -> Iterator[Tensor]:
-    """Every tensor of the file, in the order of the layers."""
-    hidden, rows = contents.config.hidden_size, contents.config.vocab_size
-    yield _tensor(MODEL_TENSOR.TOKEN_EMBD, (rows, hidden), saved.take(EMBEDDING, (rows, hidden)))
-    if contents.config.tie_word_embeddings:
-        saved.drop(OUTPUT)
-    else:
-        yield _tensor(MODEL_TENSOR.OUTPUT, (rows, hidden), saved.take(OUTPUT, (rows, hidden)))
-    yield _norm(MODEL_TENSOR.OUTPUT_NORM, "model.norm", hidden, architecture, saved)
-    if contents.rope["rope_type"] == "llama3":
-        yield _tensor(MODEL_TENSOR.ROPE_FREQS, (contents.head_dim // 2,), lambda: _rope_factors(contents))
-    for index in range(len(contents.layers)):
-        yield from _attention(index, architecture, contents, saved)
-        yield from _mlp(index, architecture, contents, saved)
+class _Tensors:
+    """What goes from a saved model into the file, under the names that llama.cpp's architecture has for it."""
 
+    def __init__(self, architecture: Architecture, contents: Contents, saved: SavedWeights) -> None:
+        self.architecture, self.contents, self.saved = architecture, contents, saved
+        self.hidden = contents.config.hidden_size
+        number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+        self.names = gguf.get_tensor_name_map(number, len(contents.layers))
 
-def _tensor(
-    kind: MODEL_TENSOR, shape: tuple[int, ...], read: Callable[[], torch.Tensor], *, layer: int = 0, bias: bool = False
-) -> Tensor:
-    name = gguf.TENSOR_NAMES[kind].format(bid=layer)
-    return Tensor(f"{name}.{'bias' if bias else 'weight'}", shape, read)
+    def every(self) -> Iterator[Tensor]:
+        """All of them, in the order of the layers."""
+        contents = self.contents
+        matrix = (contents.config.vocab_size, self.hidden)
+        yield self._tensor(EMBEDDING, matrix)
+        if contents.config.tie_word_embeddings:
+            self.saved.drop(OUTPUT)
+        else:
+            yield self._tensor(OUTPUT, matrix)
+        yield self._norm("model.norm", self.hidden)
+        if contents.rope["rope_type"] == "llama3":
+            yield Tensor("rope_freqs.weight", (contents.head_dim // 2,), lambda: _rope_factors(contents))
+        for index in range(len(contents.layers)):
+            yield from self._attention(index)
+            yield from self._mlp(index)
 
+    def _tensor(self, name: str, shape: tuple[int, ...], read: Callable[[], torch.Tensor] | None = None) -> Tensor:
+        """A tensor of the saved model, or another one in its place."""
+        return Tensor(self.names.get_name(name, (".weight", ".bias")), shape, read or self.saved.take(name, shape))
 
-def _norm(
-    kind: MODEL_TENSOR, name: str, size: int, architecture: Architecture, saved: SavedWeights, layer: int = 0
-) -> Tensor:
-    read = saved.take(f"{name}.weight", (size,))
-    shift = architecture.norm_shift
-    return _tensor(kind, (size,), (lambda: read().float() + shift) if shift else read, layer=layer)
+    def _norm(self, name: str, size: int) -> Tensor:
+        norm, shift = self._tensor(f"{name}.weight", (size,)), self.architecture.norm_shift
+        return replace(norm, read=lambda: norm.read().float() + shift) if shift else norm
 
+    def _bias(self, linear: str, size: int) -> list[Tensor]:
+        return [self._tensor(f"{linear}.bias", (size,))] if f"{linear}.bias" in self.saved else []
 
-def _attention(index: int, architecture: Architecture, contents: Contents, saved: SavedWeights) -> Iterator[Tensor]:
-    where, layer = f"model.layers.{index}", contents.layers[index]
-    if not layer.heads:  # its remaining tensors belong to the MLP before it
-        saved.drop(f"{where}.input_layernorm.weight")
-        saved.drop(f"{where}.self_attn.bias")
-        return
-    hidden, head_dim = contents.config.hidden_size, contents.head_dim
-    yield _norm(MODEL_TENSOR.ATTN_NORM, f"{where}.input_layernorm", hidden, architecture, saved, index)
-    heads = {"q_proj": layer.heads, "k_proj": layer.kv_heads, "v_proj": layer.kv_heads}
-    kinds = {"q_proj": MODEL_TENSOR.ATTN_Q, "k_proj": MODEL_TENSOR.ATTN_K, "v_proj": MODEL_TENSOR.ATTN_V}
-    weights = []
-    for name, kind in kinds.items():
-        rotated = architecture.neighbours_rotate and name != "v_proj"
-        rows = heads[name] * head_dim
-        for part, shape in (("weight", (rows, hidden)), ("bias", (rows,))):
-            full_name = f"{where}.self_attn.{name}.{part}"
-            if part == "weight" or full_name in saved:
-                read = saved.take(full_name, shape)
-                read = _neighbours(read, heads[name]) if rotated else read
-                weights.append(_tensor(kind, shape, read, layer=index, bias=part == "bias"))
-    yield from [_stacked(weights, index)] if architecture.fused else weights
-    for name, kind in (("q_norm", MODEL_TENSOR.ATTN_Q_NORM), ("k_norm", MODEL_TENSOR.ATTN_K_NORM)):
-        if f"{where}.self_attn.{name}.weight" in saved:
-            yield _norm(kind, f"{where}.self_attn.{name}", head_dim, architecture, saved, index)
-    if architecture.post_norms:
-        norm = f"{where}.post_attention_layernorm"
-        yield _norm(MODEL_TENSOR.ATTN_POST_NORM, norm, hidden, architecture, saved, index)
-    consumer, shape = f"{where}.self_attn.o_proj", (hidden, layer.heads * head_dim)
-    yield _tensor(MODEL_TENSOR.ATTN_OUT, shape, saved.take(f"{consumer}.weight", shape), layer=index)
-    if f"{consumer}.bias" in saved:
-        read = saved.take(f"{consumer}.bias", (hidden,))
-        yield _tensor(MODEL_TENSOR.ATTN_OUT, (hidden,), read, layer=index, bias=True)
+    def _attention(self, index: int) -> Iterator[Tensor]:
+        before, attention = f"model.layers.{index}.input_layernorm", f"model.layers.{index}.self_attn"
+        layer, head_dim = self.contents.layers[index], self.contents.head_dim
+        if not layer.heads:  # its remaining tensors belong to the MLP before it
+            self.saved.drop(f"{before}.weight")
+            self.saved.drop(f"{attention}.bias")
+            return
+        yield self._norm(before, self.hidden)
+        parts = list[Tensor]()
+        for name, heads in {"q_proj": layer.heads, "k_proj": layer.kv_heads, "v_proj": layer.kv_heads}.items():
+            linear, rows = f"{attention}.{name}", heads * head_dim
+            for part in (self._tensor(f"{linear}.weight", (rows, self.hidden)), *self._bias(linear, rows)):
+                rotated = self.architecture.neighbours_rotate and name != "v_proj"
+                parts.append(replace(part, read=_neighbours(part.read, heads)) if rotated else part)
+        yield from [_stacked(parts, index)] if self.architecture.fused else parts
+        for norm in (f"{attention}.q_norm", f"{attention}.k_norm"):
+            if self.names.get_name(norm) and f"{norm}.weight" in self.saved:
+                yield self._norm(norm, head_dim)
+        if self.architecture.post_norms:
+            yield self._norm(f"model.layers.{index}.post_attention_layernorm", self.hidden)
+        yield self._tensor(f"{attention}.o_proj.weight", (self.hidden, layer.heads * head_dim))
+        yield from self._bias(f"{attention}.o_proj", self.hidden)
+
+    def _mlp(self, index: int) -> Iterator[Tensor]:
+        where, layer, hidden = f"model.layers.{index}", self.contents.layers[index], self.hidden
+        if self.architecture.post_norms:
+            yield self._norm(f"{where}.pre_feedforward_layernorm", hidden)
+            yield self._norm(f"{where}.post_feedforward_layernorm", hidden)
+        else:
+            yield self._norm(f"{where}.post_attention_layernorm", hidden)
+        channels = layer.written_channels
+        down = f"{where}.mlp.down_proj"
+        for linear in (f"{where}.mlp.gate_proj", f"{where}.mlp.up_proj", down):
+            shape = (hidden, channels) if linear == down else (channels, hidden)
+            zeros = None if layer.channels else partial(torch.zeros, shape)
+            yield self._tensor(f"{linear}.weight", shape, zeros)
+            if linear != down:
+                yield from self._bias(linear, channels)
+        if names := self.contents.shifts(index):
+            reads = [self.saved.take(name, (hidden,)) for name in names]
+            yield self._tensor(f"{down}.bias", (hidden,), lambda: _sum(reads))
 
 
 def _stacked(weights: Sequence[Tensor], layer: int) -> Tensor:
     """Query, key and value as one matrix."""
     shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-    return _tensor(MODEL_TENSOR.ATTN_QKV, shape, lambda: torch.cat([weight.read() for weight in weights]), layer=layer)
-
-
-def _mlp(index: int, architecture: Architecture, contents: Contents, saved: SavedWeights) -> Iterator[Tensor]:
-    where, layer, hidden = f"model.layers.{index}", contents.layers[index], contents.config.hidden_size
-    before = "pre_feedforward_layernorm" if architecture.post_norms else "post_attention_layernorm"
-    yield _norm(MODEL_TENSOR.FFN_NORM, f"{where}.{before}", hidden, architecture, saved, index)
-    if architecture.post_norms:
-        norm = f"{where}.post_feedforward_layernorm"
-        yield _norm(MODEL_TENSOR.FFN_POST_NORM, norm, hidden, architecture, saved, index)
-    channels = layer.written_channels
-    linears = {
-        "gate_proj": (MODEL_TENSOR.FFN_GATE, (channels, hidden)),
-        "up_proj": (MODEL_TENSOR.FFN_UP, (channels, hidden)),
-        "down_proj": (MODEL_TENSOR.FFN_DOWN, (hidden, channels)),
-    }
-    for name, (kind, shape) in linears.items():
-        linear = f"{where}.mlp.{name}"
-        weight = saved.take(f"{linear}.weight", shape) if layer.channels else partial(torch.zeros, shape)
-        yield _tensor(kind, shape, weight, layer=index)
-        if name != "down_proj" and layer.channels and f"{linear}.bias" in saved:
-            read = saved.take(f"{linear}.bias", (channels,))
-            yield _tensor(kind, (channels,), read, layer=index, bias=True)
-    if names := contents.shifts(index):
-        reads = [saved.take(name, (hidden,)) for name in names]
-        yield _tensor(MODEL_TENSOR.FFN_DOWN, (hidden,), lambda: _sum(reads), layer=index, bias=True)
+    return Tensor(f"blk.{layer}.attn_qkv.weight", shape, lambda: torch.cat([weight.read() for weight in weights]))
 
 
 def _sum(reads: Sequence[Callable[[], torch.Tensor]]) -> torch.Tensor:
