@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,45 +90,46 @@ def save_pruned(
         OutputError: the folder is occupied, cannot be written, or the disk is full.
         ModelError: no checkpoint of this kind can say what was kept, or its generation config is invalid.
     """
-    place = Path(directory).expanduser().resolve()
-    refuse_occupied(place, overwrite, files)
-    pruned = (stock_model if stock else uneven_model)(prunable)
-    if towers is not None:
-        pruned, files = towers.around(pruned, prunable.family), [*files, *towers.files]
-    if dtype is not None:
-        _convert(pruned, dtype)
-    if prunable.source is not None:
-        write = partial(_save_by_layer, pruned, prunable)
-    else:
-        write = partial(pruned.save_pretrained, max_shard_size=max_shard_size)
-    return _write(pruned, write, tokenizer, place, card, files, origin)
+    model = (stock_model if stock else uneven_model)(prunable)
+
+    def write(model: Any, folder: Path) -> None:
+        if prunable.source is not None:
+            _save_by_layer(model, prunable, folder)
+        else:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+    return save_model(
+        model,
+        tokenizer,
+        directory,
+        card=card,
+        files=files,
+        overwrite=overwrite,
+        towers=None if towers is None else towers.around(model, prunable.family),
+        dtype=dtype,
+        origin=origin,
+        write=write,
+    )
 
 
-def save_again(
+def save_model(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Any | None,
     directory: str | Path,
     *,
-    card: str,
+    card: str | None,
     files: Sequence[Path] = (),
     overwrite: bool = False,
     towers: Towers | None = None,
     dtype: torch.dtype | None = None,
     origin: Origin | None = None,
+    write: Callable[[Any, Path], None] = lambda model, folder: model.save_pretrained(folder),
 ) -> SavedModel:
-    """Write a model that was loaded from a checkpoint and changed, whole or not at all.
+    """Write a model to a folder, whole or not at all; arguments and errors as in `save_pruned`.
 
     Args:
         model: of a class that ``save_pruned`` writes, which brings its own file along, or of a stock class.
-        directory: the folder; its parents are created.
-        overwrite: replace a checkpoint that is there. A folder that holds anything else is never replaced.
-        towers: what the model was taken out of: it is written with the model in it.
-        dtype: what the model is converted to; ``None`` leaves it as it is.
-        origin: what it was made from, written beside the weights; ``None`` leaves it out.
-
-    Raises:
-        OutputError: the folder is occupied, cannot be written, or the disk is full.
-        ModelError: its generation config is invalid.
+        write: writes its weights, config and class to a folder.
     """
     place = Path(directory).expanduser().resolve()
     refuse_occupied(place, overwrite, files)
@@ -137,7 +137,25 @@ def save_again(
         model, files = towers.whole, [*files, *towers.files]
     if dtype is not None:
         _convert(model, dtype)
-    return _write(model, model.save_pretrained, tokenizer, place, card, files, origin)
+    with replacing(place) as folder:
+        folder.mkdir()
+        with quiet():  # our own bar may be on the screen
+            try:
+                write(model, folder)
+            except ValueError as error:  # e.g. of a generation config that was changed since it was loaded
+                raise ModelError(
+                    f"this model cannot be saved: {first_line(error)}",
+                    hint="Correct what the message names, in model.generation_config for example, and save it again.",
+                ) from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        if origin is not None:
+            RECORD.write(folder / FILE, origin)
+    return SavedModel(place, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _convert(model: Any, dtype: torch.dtype) -> None:
@@ -153,36 +171,6 @@ def _convert(model: Any, dtype: torch.dtype) -> None:
 def is_stock(model: Any) -> bool:
     """Whether a model is of one of transformers' own classes, which load its checkpoint without custom code."""
     return type(model).__module__.startswith("transformers.")
-
-
-def _write(
-    model: Any,
-    write: Callable[[Path], None],
-    tokenizer: Any | None,
-    place: Path,
-    card: str | None,
-    files: Sequence[Path],
-    origin: Origin | None,
-) -> SavedModel:
-    with replacing(place) as folder:
-        folder.mkdir()
-        with quiet():  # our own bar may be on the screen
-            try:
-                write(folder)
-            except ValueError as error:  # e.g. of a generation config that was changed since it was loaded
-                raise ModelError(
-                    f"this model cannot be saved: {first_line(error)}",
-                    hint="Correct what the message names, in model.generation_config for example, and save it again.",
-                ) from error
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if card is not None:
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-        if origin is not None:
-            RECORD.write(folder / FILE, origin)
-    return SavedModel(place, sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _save_by_layer(pruned: Any, prunable: PrunableModel, folder: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ class Towers:
     path: str  # of the text model, without its head, in it
     files: tuple[Path, ...] = ()  # of its processor
 
-    def around(self, text: Any, family: Family) -> Any:
-        """The whole with another text model in its place. Nothing is copied; it is made to be saved.
+    def around(self, text: Any, family: Family) -> Towers:
+        """The same with another text model in its place. Nothing is copied; it is made to be saved.
 
         Args:
             text: a causal LM of the family's stock class, or of the one that a pruned model is loaded with.
@@ -69,7 +69,7 @@ class Towers:
         built.load_state_dict(weights, assign=True)
         built.tie_weights()
         built.generation_config = copy.deepcopy(whole.generation_config)
-        return built
+        return replace(self, whole=built)
 
 
 def has_towers(config: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from ffgym.config.toml import to_toml
 from ffgym.data.splits import windows_digest
 from ffgym.errors import FFGymError, PluginError, RecoveryError
 from ffgym.evaluation.perplexity import evaluate
-from ffgym.export.checkpoint import is_stock, save_again
+from ffgym.export.checkpoint import is_stock, save_model
 from ffgym.interrupts import held_back_interrupts
 from ffgym.models.checkpoint import model_folder, weights_on_disk
 from ffgym.models.families import family_of_pair
@@ -361,7 +361,7 @@ class _Recovery:
             towers=self.loaded.towers is not None,
         )
         with held_back_interrupts():  # interrupted in between, the same command would train again
-            saved = save_again(
+            saved = save_model(
                 self.loaded.model,
                 self.loaded.tokenizer,
                 place,

@@ -26,7 +26,7 @@ from transformers import (
 from ffgym import run
 from ffgym.config.tables import RunConfig
 from ffgym.errors import ConfigError, ModelError
-from ffgym.export.checkpoint import load_line, save_again, save_pruned
+from ffgym.export.checkpoint import load_line, save_model, save_pruned
 from ffgym.export.format import export
 from ffgym.export.refresh import is_current
 from ffgym.models.checkpoint import check_config
@@ -225,7 +225,7 @@ def test_ffgym_opens_the_text_model_again(saved: SimpleNamespace, tmp_path: Path
     with pytest.raises(ModelError, match="already pruned by ffgym"):
         family_of(again.model)
     # As recovery saves it, after training.
-    save_again(again.model, again.tokenizer, tmp_path / "trained", card="", towers=again.towers)
+    save_model(again.model, again.tokenizer, tmp_path / "trained", card="", towers=again.towers)
     trained, before = load_file(tmp_path / "trained" / "model.safetensors"), tensors(saved, "gemma3")
     assert trained.keys() == before.keys()
     assert all(torch.equal(trained[name], before[name]) for name in before)
