@@ -9,4 +9,4 @@ from ffgym.report.table import Cost
 def table_costs(*values: float) -> tuple[Cost, ...]:
     """Parameters, MACs per token and KV bytes per token as a row holds them."""
     resources = [resource_named(name) for name in standard_resources()]
-    return tuple(Cost(r.key, r.column, value, r.text(value)) for r, value in zip(resources, values, strict=True))
+    return tuple(Cost(r.name, r.column, value, r.text(value)) for r, value in zip(resources, values, strict=True))

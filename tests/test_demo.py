@@ -75,10 +75,10 @@ def test_the_demo_ends_in_a_smaller_model_that_loads_and_generates(
 
     # Bytes per parameter are those of the dtype, so the file is smaller by what the parameters say.
     size = sum(file.stat().st_size for file in (out / "model").glob("*.safetensors"))
-    width = round(size / rows[-1]["parameters"])
+    width = round(size / rows[-1]["costs"]["params"])
     assert width in (2, 4)
-    assert size < width * dense["parameters"] * 0.9
-    assert size == pytest.approx(width * rows[-1]["parameters"], rel=1e-3)
+    assert size < width * dense["costs"]["params"] * 0.9
+    assert size == pytest.approx(width * rows[-1]["costs"]["params"], rel=1e-3)
 
     loaded = subprocess.run(
         [sys.executable, "-c", LOAD, str(out / "model")],
@@ -109,7 +109,7 @@ def test_the_pruned_demo_has_the_same_perplexity_in_llama_cpp(
     assert done.exit_code == 0, done.stderr
     written = json.loads(done.stdout)
     assert (written["architecture"], written["dtype"], written["notes"]) == ("deci", "f32", [])
-    assert written["parameters"] == json.loads((out / "report.json").read_text())[-1]["parameters"]
+    assert written["parameters"] == json.loads((out / "report.json").read_text())[-1]["costs"]["params"]
 
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")

@@ -13,7 +13,6 @@ class KV(Resource):
     quantity = "KV-cache bytes"
     unit = "B"
     column = "KV/token"
-    key = "kv_bytes_per_token"
 
     def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """Its key and value heads."""

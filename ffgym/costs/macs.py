@@ -18,7 +18,6 @@ class Macs(Resource):
     name = "macs"
     quantity = "multiply-accumulates"
     column = "MACs/token"
-    key = "macs_per_token"
 
     def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """The unit's linears, and the scores of its query heads."""

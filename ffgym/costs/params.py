@@ -14,7 +14,6 @@ class Params(Resource):
     name = "params"
     quantity = "parameters"
     column = "params"
-    key = "parameters"
 
     def unit_price(self, sublayer: Sublayer, setting: CostSetting) -> float:
         """Producer rows, their biases and consumer columns."""

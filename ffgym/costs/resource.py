@@ -78,14 +78,12 @@ class Resource(Plugin):
         quantity: its name in a model card: "20 % of the *KV-cache bytes* of its sublayers"; ``name`` where empty.
         unit: of a cost; whole-model costs are written with an SI prefix.
         column: head of its column in the table of a run; empty for none.
-        key: its key in ``report.json`` and the like; the name where empty.
     """
 
     kind = "resource"
     quantity: ClassVar[str] = ""
     unit: ClassVar[str] = ""
     column: ClassVar[str] = ""
-    key: ClassVar[str] = ""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

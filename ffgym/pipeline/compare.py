@@ -198,7 +198,7 @@ def measured_row(task: Task, label: str, reporter: Reporter, *, refit: str = "",
         sparsity_prunable=max(0.0, task.env.budget.allocation(prunable.kept).sparsity),
         sparsity_model=1 - size[resource] / dense[resource],
         costs=tuple(
-            Cost(counted.key or name, counted.column, size[name], counted.text(size[name]))
+            Cost(name, counted.column, size[name], counted.text(size[name]))
             for name, counted in resources.items()
             if counted.column
         ),

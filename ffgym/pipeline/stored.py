@@ -83,8 +83,8 @@ def read_front(folder: Path) -> Front | None:
 def _check_rows(rows: Sequence[Row], form: FileFormat[Any], path: Path) -> None:
     """Refuse rows that do not fit the first one, the dense model's, or that no table could be made of."""
     alike = {(*(cost.key for cost in row.costs), len(row.losses)) for row in rows}
-    if len(alike) != 1 or "parameters" not in rows[0].values or not rows[0].losses:
-        reason = "every row must have the same costs, `parameters` among them, and a loss for every window"
+    if len(alike) != 1 or not rows[0].costs or not rows[0].losses:
+        reason = "every row must have the same costs, parameters first, and a loss for every window"
         raise form.refused(str(path), reason)
     if any(row.perplexity <= 0 for row in rows):
         raise form.refused(str(path), "every perplexity must be above 0")

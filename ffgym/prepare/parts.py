@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,6 @@ from ffgym.prepare.planning import plan_of
 from ffgym.prepare.store import decisive_code, is_stored, opened_or_prepared, store_key, weights_digest
 from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Reporter
-from ffgym.report.table import taken_by_every_row
 from ffgym.types import Notify, OnStep, do_nothing
 
 CHECKED_TOKENS = 32  # of another package's family
@@ -201,31 +200,11 @@ def counted_resources(config: RunConfig) -> dict[str, Resource]:
     """The resources that a run counts, by name: those of every table, its budget's, its reward's.
 
     Raises:
-        ConfigError, PluginError, UnknownNameError: as `make_reward`, and of two with the same key or column.
+        ConfigError, PluginError, UnknownNameError: as `make_reward`.
     """
     reward = make_reward(config)
     named = reward.resources if "cost" in reward.needs else ()
-    resources = {name: resource_named(name) for name in (*standard_resources(), config.prune.resource, *named)}
-    check_distinct(resources.values())
-    return resources
-
-
-def check_distinct(resources: Iterable[Resource]) -> None:
-    """Refuse a resource whose key or column another one has, or every table of a run.
-
-    Raises:
-        PluginError: of two resources it names the later one.
-    """
-    keys, columns = taken_by_every_row()
-    for resource in resources:
-        own = (("key", resource.key or resource.name, keys), ("column", resource.column, columns))
-        for what, value, taken in own if resource.column else ():  # without a column it is in no table
-            if value in taken:
-                raise PluginError(
-                    f"{manager.described(resource)}: {what} {value!r} is taken in the tables of a run",
-                    hint=f"Give it another {what}.",
-                )
-            taken.add(value)
+    return {name: resource_named(name) for name in (*standard_resources(), config.prune.resource, *named)}
 
 
 def named_table(config: RunConfig, resource: str) -> Path | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pydantic import FiniteFloat
 
@@ -23,7 +23,7 @@ DESTROYED = 10.0  # times the dense perplexity; such a model is of no use
 class Cost:
     """What a whole model costs in one resource."""
 
-    key: str  # the resource's key in JSON, e.g. "macs_per_token"
+    key: str  # the resource's name, e.g. "macs"
     column: str  # head of its column, e.g. "MACs/token"
     value: Count | FiniteFloat
     text: str  # the cost as tables print it
@@ -39,7 +39,7 @@ class Row:
         loss_stderr: standard error of the mean loss over the windows, in nats per token; ``None`` where unknown.
         sparsity_prunable: share of the budget's resource removed over the prunable sublayers, in [0, 1].
         sparsity_model: share of the same resource removed over the whole model, in [0, 1].
-        costs: what the whole model costs; the same resources in all rows of a table, ``parameters`` among them.
+        costs: what the whole model costs; the same resources in all rows of a table, parameters first.
         losses: nats per token of each window; empty where they were not kept.
         note: what a reader must know about this row alone, without a full stop; empty for nothing.
         is_heuristic: a rule gave the allocation, without any episode.
@@ -64,7 +64,7 @@ class Row:
 
     @property
     def values(self) -> dict[str, float]:
-        """The costs by key."""
+        """The costs by resource."""
         return {cost.key: cost.value for cost in self.costs}
 
     @property
@@ -75,7 +75,7 @@ class Row:
     @property
     def parameters(self) -> float:
         """Parameters of the whole model."""
-        return self.values["parameters"]
+        return self.costs[0].value
 
     @property
     def is_dense(self) -> bool:
@@ -221,6 +221,7 @@ class ReportTable:
             is_reference=lambda row: row.is_dense,
             caption="In every pruned row",
             plain=lambda row: {
+                "costs": row.values,
                 "note": row.note,
                 "refit": row.refit,
                 "same_as": row.same_as,
@@ -260,13 +261,6 @@ class ReportTable:
         return [*signs, *(f"{row.label}: {row.note}." for row in self.rows if row.note)]
 
 
-def taken_by_every_row() -> tuple[set[str], set[str]]:
-    """Keys in JSON and heads of columns that no cost can have."""
-    row = Row("", 1.0, None, 1.0, 0.0, (), losses=(0.0,))
-    layout = ReportTable((row, replace(row, is_heuristic=True)), header="").layout()
-    return set(layout.as_dicts()[0]), {column.head for column in layout.columns}
-
-
 def _lowest(rows: Iterable[Row]) -> Row | None:
     numbers = (row for row in rows if math.isfinite(row.perplexity))
     return min(numbers, key=lambda row: row.perplexity, default=None)
@@ -282,12 +276,7 @@ def _share(head: str, share: Callable[[Row], float]) -> Column[Row]:
 
 
 def _cost(index: int, head: str) -> Column[Row]:
-    return numeric(
-        head,
-        lambda row: row.costs[index].text,
-        lambda row: {row.costs[index].key: row.costs[index].value},
-        spare=True,
-    )
+    return numeric(head, lambda row: row.costs[index].text, lambda _: {}, spare=True)
 
 
 def bos_text(bos: Bos) -> str:

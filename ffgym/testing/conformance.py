@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from ffgym.config.tables import table_model
-from ffgym.costs.resource import Costs, Resource, costs_of, resource_named, standard_resources
+from ffgym.costs.resource import Costs, Resource, costs_of, standard_resources
 from ffgym.evaluation.perplexity import check_logits
 from ffgym.export.checkpoint import save_pruned
 from ffgym.models.cut import PrunableModel, check_cutting, check_sorting
@@ -52,7 +52,6 @@ from ffgym.plugins.bases import (
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
 from ffgym.plugins.discovery import check_class
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
-from ffgym.prepare.parts import check_distinct
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
@@ -316,11 +315,6 @@ class ResourceConformance(PluginConformance):
             assert weights.keys() == expected.keys(), "it changed the model's parts"
             assert all(torch.equal(weights[name], expected[name]) for name in weights), "it changed the model's weights"
             assert not any(module.training for module in model.modules()), "it left the model in training mode"
-
-    def test_its_key_and_column_are_new(self) -> None:
-        """A table has the columns of the built-in resources beside it."""
-        own = self.make()
-        check_distinct([*(resource_named(name) for name in standard_resources() if name != own.name), own])
 
     def test_a_measurement_is_taken_from_its_file(self, tmp_path: Path) -> None:
         """A resumed run gets the file that the run kept, and so has the same costs (resources that are measured)."""

@@ -149,7 +149,7 @@ class TestThirdParty:
         rest = 3 * prunable.model.get_output_embeddings().weight.numel()
         rows = json.loads((folder / "report.json").read_text())
         found = next(row for row in rows if row["is_found"])
-        assert found["energy"] == rest + kept
+        assert found["costs"]["energy"] == rest + kept
         assert found["sparsity_model"] == pytest.approx(1 - (rest + kept) / (rest + dense))
         report = (folder / "report.md").read_text()
         assert "uJ/token" in report
@@ -161,7 +161,7 @@ class TestThirdParty:
         reward = {"name": "multi-objective", "accuracy": 0, "resource": "energy"}
         result, _ = go(glass_config(tmp_path, reward=reward, search={"random_baseline": False}))
         assert list(result.found.best.objectives) == ["perplexity_ratio", "energy_saved"]
-        assert "energy" in json.loads((result.folder / "report.json").read_text())[0]
+        assert "energy" in json.loads((result.folder / "report.json").read_text())[0]["costs"]
 
     def test_what_it_measures_is_kept_reported_and_counted_again(self, install: Any, tmp_path: Path) -> None:
         install("ffgym-heat", HEAT)
@@ -218,23 +218,6 @@ class TestThirdParty:
         assert names[:4] == ["params", "macs", "kv", "latency"]
         assert "energy" in names[4:]
         assert lines[-1].endswith("attention moves more data than an MLP.")
-
-    @pytest.mark.parametrize(
-        ("other", "said"),
-        [
-            ('key = "perplexity"', "key 'perplexity' is taken"),
-            ('key = "parameters"', "key 'parameters' is taken"),
-            ('column = "params"', "column 'params' is taken"),
-        ],
-    )
-    def test_one_with_the_key_or_column_of_another_is_refused_before_anything_is_loaded(
-        self, install: Any, tmp_path: Path, other: str, said: str
-    ) -> None:
-        """Before, report.json had its cost as the perplexity."""
-        install("ffgym-energy", ENERGY.replace('column = "uJ/token"', f'column = "uJ/token"\n    {other}'))
-        with pytest.raises(PluginError, match=rf"resource 'energy' \(package ffgym-energy 1\.0\): {said}"):
-            go(glass_config(tmp_path, prune={"resource": "energy"}))
-        assert not (tmp_path / "out").exists()
 
     def test_one_without_price_and_measurement_is_refused_when_it_is_loaded(self, install: Any) -> None:
         install("ffgym-energy", ENERGY.replace("def unit_price", "def price_of_unit"))

@@ -64,8 +64,7 @@ def test_a_heuristic_that_earns_more_than_the_result_is_named(tmp_path: Path) ->
     table = finish(glass_config(tmp_path, reward=reward, agent=near)).result.table
     dense, uniform, found = table.rows[0], table.rows[1], table.result
     ours, theirs = (
-        np.exp(np.subtract(dense.losses, row.losses)).mean() / 10
-        + 0.9 * (1 - row.values["kv_bytes_per_token"] / dense.values["kv_bytes_per_token"])
+        np.exp(np.subtract(dense.losses, row.losses)).mean() / 10 + 0.9 * (1 - row.values["kv"] / dense.values["kv"])
         for row in (found, uniform)
     )
     assert found.note == (

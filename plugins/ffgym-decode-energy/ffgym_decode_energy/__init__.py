@@ -27,7 +27,6 @@ class DecodeEnergy(ffgym.Resource):
     name = "decode-energy"
     quantity = "decoding energy"
     column = "mJ/token"
-    key = "decode_energy"
 
     def unit_price(self, sublayer: ffgym.Sublayer, setting: CostSetting) -> float:
         """A unit's arithmetic, its weights, and the keys and values that it caches."""
