@@ -62,6 +62,10 @@ class Operations:
         """All of them."""
         return self.model + self.float32 + self.float64
 
+    def seconds(self, speed: Operations) -> float:
+        """How long they take at so many a second."""
+        return self.model / speed.model + self.float32 / speed.float32 + self.float64 / speed.float64
+
 
 @dataclass(frozen=True)
 class PlannedStage:

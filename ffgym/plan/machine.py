@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,6 @@ TOKENS = 4096  # of one pass of the probe, as in a run's: fewer would fit into t
 OPERATIONS = 4e10  # at most so many make a pass on a CPU
 PASSES = 3
 HEAD = 64  # channels of its attention heads
-
-
-@dataclass(frozen=True)
-class MachineSpeed:
-    """Floating-point operations a second, for each kind in `Operations`."""
-
-    model: float
-    float32: float
-    float64: float
-
-    def seconds(self, operations: Operations) -> float:
-        """How long they take."""
-        return operations.model / self.model + operations.float32 / self.float32 + operations.float64 / self.float64
 
 
 def free_memory(device: torch.device) -> int:
@@ -83,10 +69,10 @@ def _file_pages(group: Path) -> int:
     return 0
 
 
-def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, window: int) -> MachineSpeed:
+def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, window: int) -> Operations:
     """Time a decoder layer of a model's proportions, a product in float32 and a factorisation in float64.
 
-    It takes about a second, and some 100 MB.
+    It takes about a second, and some 100 MB. The result is operations a second.
 
     Args:
         shape: of the model; a wide one is made narrower in proportion.
@@ -117,7 +103,7 @@ def measure_speed(shape: ModelShape, dtype: torch.dtype, device: torch.device, w
     def factorise() -> None:
         torch.linalg.solve_triangular(torch.linalg.cholesky_ex(wide)[0], wide, upper=False)
 
-    return MachineSpeed(model, float32, n**3 * 4 / 3 / _seconds(factorise, device))
+    return Operations(model, float32, n**3 * 4 / 3 / _seconds(factorise, device))
 
 
 def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: torch.device) -> Any:

@@ -13,8 +13,8 @@ import torch
 
 from ffgym.errors import FitError
 from ffgym.plan import counts
-from ffgym.plan.counts import PlannedStage
-from ffgym.plan.machine import MachineSpeed, measure_speed
+from ffgym.plan.counts import Operations, PlannedStage
+from ffgym.plan.machine import measure_speed
 from ffgym.plan.shape import ModelShape, RunLoad
 from ffgym.report.layout import humane
 from ffgym.report.progress import clock
@@ -41,8 +41,8 @@ class Plan:
         return counts.stages(self.shape, self.load)
 
     @cached_property
-    def speed(self) -> MachineSpeed:
-        """Of this machine, measured when it is first asked for; that takes about a second."""
+    def speed(self) -> Operations:
+        """Operations a second of this machine, measured when it is first asked for; that takes about a second."""
         return measure_speed(self.shape, self.load.dtype, self.device, self.load.window)
 
     @property
@@ -69,7 +69,7 @@ class Plan:
 
     def seconds(self, stage: PlannedStage) -> float:
         """How long a stage takes; a worker takes whole parts, and those without one wait."""
-        alone = self.speed.seconds(stage.operations)
+        alone = stage.operations.seconds(self.speed)
         busy = [share * -(-parts // self.processes) / parts for share, parts in stage.parts]
         return stage.seconds + alone * (sum(busy) if busy else 1.0)
 

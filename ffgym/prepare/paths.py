@@ -29,7 +29,7 @@ from ffgym.prepare.calibrations import Calibration, Consumer
 from ffgym.prepare.refits import path_of
 from ffgym.prepare.statistics import gradient_statistics, stream_statistics
 from ffgym.pruning.calibration import NestedRidge, pick_ridge, suffix_energy
-from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
+from ffgym.pruning.ordering import expand_order, unit_order, unit_scores
 from ffgym.pruning.precision import in_float64
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, InputMoments, Moments, require_finite
 from ffgym.types import LayerStats, OnStep, SublayerView, do_nothing
@@ -228,7 +228,7 @@ def _score(criterion: Criterion, half: PrunableSublayer, stats: LayerStats) -> t
     weight = half.consumer.weight.detach().float()
     block = half.sublayer.channels_per_unit
     scores = check_scores(criterion, weight, replace(stats, channels_per_unit=block), half.sublayer)
-    return unit_scores(channel_scores(scores), block)
+    return unit_scores(scores, block)
 
 
 def held_out_windows(windows: int, length: int) -> int:

@@ -124,20 +124,19 @@ class Budget:
         self._ladders = tuple(self._ladder(members, min_units, shapes) for members in groups)
         rank = service_order(1 + max(sublayer.layer for sublayer in self.sublayers))
         self.dense_cost = float(sum(ladder.cost[-1] for ladder in self._ladders))
-        self.least_cost = float(sum(ladder.cost[0] for ladder in self._ladders))
         ties = [
             rank[s.layer] * 2 + (s.kind != "attention") for s in (self.sublayers[x.members[0]] for x in self._ladders)
         ]
         self._sweep = Sweep(self._ladders, np.array(ties))
 
     @property
-    def reachable(self) -> tuple[float, float]:
-        """Least and greatest sparsity that the levels allow."""
-        return 0.0, 1.0 - self.least_cost / self.dense_cost
+    def greatest_sparsity(self) -> float:
+        """What the levels allow."""
+        return 1.0 - float(sum(ladder.cost[0] for ladder in self._ladders)) / self.dense_cost
 
     def check(self, sparsity: float) -> None:
         """Raise ``BudgetError`` where the sparsity lies outside [0, 1) or out of reach."""
-        most = self.reachable[1]
+        most = self.greatest_sparsity
         if not 0.0 <= sparsity < 1.0:
             raise BudgetError(f"sparsity {sparsity:g} is outside [0, 1)", hint="Give the share to remove, e.g. 0.2.")
         if sparsity > most + 1e-12:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 
 
-def channel_scores(scores: torch.Tensor) -> torch.Tensor:
-    """Scores of channels, shape (n,), float32: those of elements, shape (m, n), are summed over the rows."""
+def unit_scores(scores: torch.Tensor, channels_per_unit: int) -> torch.Tensor:
+    """Sums over the contiguous channels that each unit owns, shape (units,), float32.
+
+    Args:
+        scores: of elements, shape (m, n), which are summed over the rows first, or of channels, shape (n,).
+    """
     scores = scores.float()
-    return scores.sum(dim=0) if scores.ndim == 2 else scores
-
-
-def unit_scores(channels: torch.Tensor, channels_per_unit: int) -> torch.Tensor:
-    """Sum channel scores over the contiguous block that each unit owns; shape (units,)."""
+    channels = scores.sum(dim=0) if scores.ndim == 2 else scores
     return channels.reshape(-1, channels_per_unit).sum(dim=1)
 
 

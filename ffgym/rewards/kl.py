@@ -28,7 +28,6 @@ class KL(Reward):
 
     name = "kl"
     edition = 2  # agents follow its slopes
-    worst = 0.0
 
     class Config(PluginConfig):
         """Options of the table ``[reward]``."""

@@ -30,7 +30,6 @@ class MultiObjective(Reward):
     """
 
     name = "multi-objective"
-    worst = 0.0
 
     class Config(PluginConfig):
         """Options of the table ``[reward]``."""

@@ -17,7 +17,6 @@ class Perplexity(Reward):
     """
 
     name = "perplexity"
-    worst = 0.0
 
     def __call__(self, pruned: Evaluation, dense: Evaluation) -> float:
         """Compare the two mean losses."""

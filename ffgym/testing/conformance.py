@@ -52,6 +52,7 @@ from ffgym.plugins.bases import (
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
 from ffgym.plugins.discovery import check_class
 from ffgym.plugins.kinds import KINDS, PluginKind, imported
+from ffgym.pruning.ordering import unit_scores
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
@@ -165,8 +166,7 @@ class CriterionConformance(PluginConformance):
 
     def channel_scores(self, weight: torch.Tensor, stats: LayerStats) -> torch.Tensor:
         """Let a fresh instance score, checked by the contract; shape (channels,)."""
-        scores = check_scores(self.make(), weight, stats, self.sublayer)
-        return scores.sum(dim=0) if scores.ndim == 2 else scores
+        return unit_scores(check_scores(self.make(), weight, stats, self.sublayer), 1)
 
     def test_scores_keep_the_contract(self) -> None:
         """Right shape, finite, nothing read that ``needs`` does not name."""

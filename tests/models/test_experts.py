@@ -104,7 +104,7 @@ def test_prepared_experts_stand_in_the_order_of_the_criterion_and_have_no_refit(
 def test_as_many_experts_stay_as_a_token_is_sent_to(prunable):
     budget = Budget(prunable.sublayers, min_units=0)
     importance = np.array([-1.0 if s.kind == "experts" else 1.0 for s in prunable.sublayers])
-    kept = budget.project(importance, 1 - budget.least_cost / budget.dense_cost).kept
+    kept = budget.project(importance, budget.greatest_sparsity).kept
     assert {k for k, s in zip(kept, prunable.sublayers, strict=True) if s.kind == "experts"} == {PER_TOKEN}
 
 

@@ -160,7 +160,7 @@ class TestPromises:
     def test_feasible_and_nothing_left_that_fits(self, model, seed, share, least, align):
         sublayers, tables = model
         budget = Budget(*model, min_units=least, align=align)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         got = budget.project(spread_importances(sublayers, seed), sparsity)
         limit = (1 - sparsity) * budget.dense_cost
         assert got.cost == sum(table[k] for k, table in zip(got.kept, tables, strict=True))
@@ -179,7 +179,9 @@ class TestPromises:
         sublayers, tables, rules = data.draw(problems(tied))
         importance = on_grid(data, sublayers)
         budget = budget_of(sublayers, tables, **rules)
-        sparsity = int(share * budget.reachable[1] * 1024) / 1024  # exact in floating point, and so is 1 - sparsity
+        sparsity = (
+            int(share * budget.greatest_sparsity * 1024) / 1024
+        )  # exact, and so is 1 - sparsity
         got = budget.project(np.array(importance), sparsity)
         assert got.kept == slowly_projected(sublayers, tables, importance, sparsity, tied=tied, **rules)
 
@@ -190,7 +192,7 @@ class TestPromises:
         importance = spread_importances(sublayers, seed)
         order = np.random.default_rng(seed).permutation(len(sublayers))
         shuffled = Budget([sublayers[i] for i in order], [tables[i] for i in order], align=align)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         kept = budget.project(importance, sparsity).kept
         assert shuffled.project(importance[order], sparsity).kept == tuple(kept[i] for i in order)
 
@@ -204,7 +206,7 @@ class TestPromises:
         moved = [replace(sublayers[i], layer=place // 2) for place, i in enumerate(halves)]
         importance = spread_importances(sublayers, seed)
         budget = Budget(*model, align=align)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         kept = budget.project(importance, sparsity).kept
         again = Budget(moved, [tables[i] for i in halves], align=align).project(importance[halves], sparsity).kept
         assert again == tuple(kept[i] for i in halves)
@@ -219,7 +221,7 @@ class TestPromises:
         which = data.draw(st.integers(0, len(sublayers) - 1))
         raised = importance.copy()
         raised[which] = min(1.0, raised[which] + raise_by)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         assert budget.project(raised, sparsity).kept[which] >= budget.project(importance, sparsity).kept[which]
 
     @free_and_tied
@@ -227,7 +229,7 @@ class TestPromises:
     def test_a_second_projection_changes_nothing(self, tied, data, seed, share):
         sublayers, tables, rules = data.draw(problems(tied))
         budget = budget_of(sublayers, tables, **rules)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         kept = budget.project(spread_importances(sublayers, seed), sparsity).kept
         ratios = np.array([k / s.units for k, s in zip(kept, sublayers, strict=True)])
         for importance in (2 * ratios - 1, (2 * ratios - 1).astype(np.float32), budget.importance(kept)):
@@ -239,7 +241,7 @@ class TestPromises:
         sublayers, _ = model
         budget = Budget(*model, align=align)
         importance = spread_importances(sublayers, seed) / 2
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         shifted = budget.project(importance + (shift - 0.5), sparsity)
         assert shifted.kept == budget.project(importance, sparsity).kept
 
@@ -295,7 +297,7 @@ class TestAlign:
 
     def test_out_of_reach_names_it(self):
         budget = Budget(model_of(2), align=16)  # MLPs of 16 channels stay whole, attention keeps 2 of 4
-        assert budget.reachable[1] == pytest.approx(2 * 2 * 70 / budget.dense_cost)
+        assert budget.greatest_sparsity == pytest.approx(2 * 2 * 70 / budget.dense_cost)
         with pytest.raises(BudgetError, match="out of reach") as raised:
             budget.check(0.5)
         advised = re.match(r"Ask for at most (0\.\d{4}), or", raised.value.hint)
@@ -313,7 +315,7 @@ class TestTied:
     def test_one_shape_that_is_legal_feasible_and_leaves_nothing_that_fits(self, model, seed, share, align):
         sublayers, legal = model
         budget = Budget(sublayers, shapes=legal, align=align)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         got = budget.project(spread_importances(sublayers, seed), sparsity)
         limit = (1 - sparsity) * budget.dense_cost
         assert len(set(zip(got.kept[::2], got.kept[1::2], strict=True))) == 1
@@ -331,7 +333,7 @@ class TestTied:
         """All pairs of levels, tried one by one; and a projection from each of many importances is one of them."""
         sublayers, legal = model
         budget = Budget(sublayers, shapes=legal, align=align)
-        sparsity = share * budget.reachable[1]
+        sparsity = share * budget.greatest_sparsity
         limit = (1 - sparsity) * budget.dense_cost * (1 + 1e-12)
         heads, channels = (levels_of(s, align=align, legal=legal) for s in sublayers[:2])
         depth = len(sublayers) // 2
@@ -392,26 +394,26 @@ class TestTies:
 class TestMinUnits:
     def test_zero_lets_sublayers_vanish_but_for_the_first_attention(self):
         budget = Budget(model_of(3), min_units=0)
-        most = budget.reachable[1]
+        most = budget.greatest_sparsity
         assert most == pytest.approx(1 - 70 / budget.dense_cost)
         assert budget.project(np.zeros(6), most).kept == (1, 0, 0, 0, 0, 0)
 
     @pytest.mark.parametrize("least", [1, 3])
     def test_bounds_every_sublayer(self, least):
         budget = Budget(model_of(3), min_units=least)
-        most = budget.reachable[1]
+        most = budget.greatest_sparsity
         assert budget.project(np.linspace(-1, 1, 6), most).kept == (least,) * 6
         assert most == pytest.approx(1 - least * 3 * (70 + 9) / budget.dense_cost)
 
     def test_a_sublayer_with_fewer_units_stays_whole(self):
         budget = Budget(model_of(2), min_units=6)
-        assert budget.project(np.array([-1, 1, -1, 1.0]), budget.reachable[1]).kept == (4, 6, 4, 6)
+        assert budget.project(np.array([-1, 1, -1, 1.0]), budget.greatest_sparsity).kept == (4, 6, 4, 6)
 
 
 class TestBadInput:
     def test_out_of_reach_names_the_reachable_range(self):
         budget = Budget(model_of(3), min_units=2)
-        most = budget.reachable[1]
+        most = budget.greatest_sparsity
         assert budget.project(np.zeros(6), most).kept == (2,) * 6
         with pytest.raises(BudgetError, match=f"0.95 of params is out of reach.* 0 to {most - 5e-5:.4f}") as raised:
             budget.project(np.zeros(6), 0.95)
@@ -441,7 +443,7 @@ class TestByHand:
         assert got.kept[1::2] == (1536,) * 30
         assert sum(got.kept[::2]) == 45
         assert got.sparsity == 0.5
-        assert budget.reachable[1] == pytest.approx(2 / 3)
+        assert budget.greatest_sparsity == pytest.approx(2 / 3)
 
 
 class TestImportanceSlopes:
@@ -558,7 +560,7 @@ def test_widths_that_kernels_like_leave_48_to_choose_from(channels, width):
 def test_auto_aligns_mlps_alone(seed, share):
     sublayers = model_of(4, mlp=replace(MLP, units=1536))
     budget = Budget(sublayers, align="auto")
-    kept = budget.project(spread_importances(sublayers, seed), share * budget.reachable[1]).kept
+    kept = budget.project(spread_importances(sublayers, seed), share * budget.greatest_sparsity).kept
     assert all(k % 32 == 0 for k in kept[1::2])
     drawn = [budget.project(spread_importances(sublayers, other), 0.3).kept[::2] for other in range(9)]
     assert {k for kept in drawn for k in kept} == set(range(1, ATTENTION.units + 1))

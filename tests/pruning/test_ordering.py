@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffgym.pruning.ordering import channel_scores, expand_order, unit_order, unit_scores
+from ffgym.pruning.ordering import expand_order, unit_order, unit_scores
 
 scores = st.lists(st.integers(-3, 3), min_size=1, max_size=40).map(lambda x: torch.tensor(x, dtype=torch.float32))
 blocks = st.integers(1, 5)
@@ -38,7 +38,7 @@ def test_reordering_channels_reorders_units(values, block):
 
 def test_elements_are_summed_over_rows_and_channels_kept():
     elements = torch.tensor([[1.0, 2, 3, 4], [10, 20, 30, 40]])
-    assert channel_scores(elements).tolist() == [11, 22, 33, 44]
-    assert channel_scores(elements[0]).tolist() == [1, 2, 3, 4]
-    assert channel_scores(elements.double()).dtype == torch.float32
-    assert unit_scores(channel_scores(elements), 2).tolist() == [33, 77]
+    assert unit_scores(elements, 1).tolist() == [11, 22, 33, 44]
+    assert unit_scores(elements[0], 1).tolist() == [1, 2, 3, 4]
+    assert unit_scores(elements.double(), 1).dtype == torch.float32
+    assert unit_scores(elements, 2).tolist() == [33, 77]

@@ -111,4 +111,4 @@ def test_a_limit_below_the_least_cost_by_rounding_grants_nothing(rise):
 def test_the_greatest_sparsity_and_what_rounding_adds_are_projected():
     mlp = Sublayer(0, "mlp", units=16, channels_per_unit=1, unit_params=9, unit_macs=9)
     budget = Budget([replace(mlp, layer=layer) for layer in range(3)])
-    assert budget.project(np.zeros(3), budget.reachable[1] + 9e-13).kept == (1, 1, 1)
+    assert budget.project(np.zeros(3), budget.greatest_sparsity + 9e-13).kept == (1, 1, 1)
