@@ -175,9 +175,6 @@ class CellQueue:
             raise too_often(cell.name)
         self._waiting.insert(0, (each, cell))
 
-    def given_up(self, worker: int, share: float) -> None:
-        """Nobody else computes a worker's cell."""
-
     def patience(self, worker: int) -> float | None:
         """A cell may take any time."""
         return None

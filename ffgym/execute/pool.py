@@ -102,9 +102,6 @@ class Queue(Protocol):
     def lost(self, worker: int) -> None:
         """A worker's job has to be done again."""
 
-    def given_up(self, worker: int, share: float) -> None:
-        """A worker had done this share of its job when others had done all of it."""
-
     def patience(self, worker: int) -> float | None:
         """Seconds without any progress after which a worker's job counts as hung; ``None`` for no limit."""
 
@@ -179,9 +176,7 @@ class Pool:
                 self._take_note(news, queue)
             self._look_for_hung()
             on_tick()
-        for worker, job in self._busy.items():
-            if job.queue is queue:
-                queue.given_up(worker, self._crew.share(worker))
+        for worker in self._busy:
             self._crew.interrupt(worker)
 
     def share(self, worker: int) -> float:

@@ -136,6 +136,7 @@ class RayExecutor:
         with _in_background(lambda stop: self.dense.measure(dense, stop)) as measured:
             shares = Shares(others, self.speeds)
             self.pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
+            shares.note_late(self.pool.share)
             found = dict(zip(dense, measured(), strict=True))
         found |= {request: joined([shares.answers[part] for part in own]) for request, own in shared.items()}
         return [found[request] for request in requests]

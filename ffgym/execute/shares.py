@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
@@ -144,11 +144,11 @@ class Shares:
         self._left += missing
         self._served = set()
 
-    def given_up(self, worker: int, share: float) -> None:
-        """Record how fast a late worker was, see `Queue`."""
-        if share:
-            late = self.taken[worker]
-            self._speeds.note(worker, (time.monotonic() - late.begun) / (late.cost * share))
+    def note_late(self, share: Callable[[int], float]) -> None:
+        """Record how fast those are who measure on though all is answered; ``share`` says how much each has done."""
+        for worker, late in self.taken.items():
+            if done := share(worker):
+                self._speeds.note(worker, (time.monotonic() - late.begun) / (late.cost * done))
 
     def patience(self, worker: int) -> float | None:
         """Several times what a share should take, see `Queue`."""

@@ -5,7 +5,6 @@ Where all layers have the same shape, the checkpoint can also be a stock one, wh
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import re
@@ -30,7 +29,7 @@ from ffgym.files import replacing, write_text
 from ffgym.models.cut import PrunableModel
 from ffgym.models.loading_errors import quiet
 from ffgym.models.origin import FILE, RECORD, Origin
-from ffgym.models.towers import ABOUT_THE_SOURCE, PROCESSOR_FILES, Towers
+from ffgym.models.towers import ABOUT_THE_SOURCE, PROCESSOR_FILES, Towers, filled
 from ffgym.plugins.architectures import MODEL_CONFIG
 from ffgym.report.card import LOAD_CODE
 from ffgym.types import Kind
@@ -254,7 +253,7 @@ def uneven_model(prunable: PrunableModel) -> Any:
         with torch.device("meta"):
             config = config_class(**_settings(prunable.model), per_layer_config=dict(enumerate(sizes)))
             pruned = model_class(config)
-        return _filled(pruned, _checkpoint_weights(prunable), prunable.model)
+        return filled(pruned, _checkpoint_weights(prunable), prunable.model)
 
 
 def stock_model(prunable: PrunableModel) -> Any:
@@ -281,7 +280,7 @@ def stock_model(prunable: PrunableModel) -> Any:
         for name, parameter in pruned.state_dict().items():
             if name.endswith(".bias") and name not in weights:
                 weights[name] = torch.zeros(parameter.shape, dtype=model.dtype)
-        return _filled(pruned, weights, model)
+        return filled(pruned, weights, model)
 
 
 @contextmanager
@@ -294,14 +293,6 @@ def _named_misfits() -> Iterator[None]:
             f"this model cannot be saved as a checkpoint: {first_line(error)}",
             hint="Prune it to other sizes, e.g. with --set prune.min_units=1.",
         ) from error
-
-
-def _filled(pruned: Any, weights: dict[str, torch.Tensor], model: Any) -> Any:
-    """A model that was built on the meta device, with the weights and the generation settings of another one."""
-    pruned.load_state_dict(weights, assign=True)
-    pruned.tie_weights()
-    pruned.generation_config = copy.deepcopy(model.generation_config)
-    return pruned
 
 
 def _settings(model: Any) -> dict[str, Any]:

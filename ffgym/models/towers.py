@@ -66,10 +66,15 @@ class Towers:
         prefix = f"{self.path}."
         weights = {name: weight for name, weight in whole.state_dict().items() if not name.startswith(prefix)}
         weights |= {prefix + name: weight for name, weight in text.base_model.state_dict().items()}
-        built.load_state_dict(weights, assign=True)
-        built.tie_weights()
-        built.generation_config = copy.deepcopy(whole.generation_config)
-        return replace(self, whole=built)
+        return replace(self, whole=filled(built, weights, whole))
+
+
+def filled(built: Any, weights: dict[str, torch.Tensor], model: Any) -> Any:
+    """A model that was built on the meta device, with weights and the generation settings of another one."""
+    built.load_state_dict(weights, assign=True)
+    built.tie_weights()
+    built.generation_config = copy.deepcopy(model.generation_config)
+    return built
 
 
 def has_towers(config: Mapping[str, Any]) -> bool:
@@ -159,7 +164,8 @@ def _check_same_logits(whole: Any, text: Any, name: str) -> None:
             together = whole(input_ids=ids).logits.float()
         except Exception as error:  # whatever it needs beside text
             raise ModelError(
-                f"model {name!r}, a {type(whole).__name__}, computes nothing from text alone: {error}", hint=BY_ITSELF
+                f"model {name!r}, a {type(whole).__name__}, computes nothing from text alone: {first_line(error)}",
+                hint=BY_ITSELF,
             ) from error
     if (separate - together).abs().max() > TOLERANCE * separate.abs().max():
         raise ModelError(

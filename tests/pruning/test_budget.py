@@ -179,9 +179,7 @@ class TestPromises:
         sublayers, tables, rules = data.draw(problems(tied))
         importance = on_grid(data, sublayers)
         budget = budget_of(sublayers, tables, **rules)
-        sparsity = (
-            int(share * budget.greatest_sparsity * 1024) / 1024
-        )  # exact, and so is 1 - sparsity
+        sparsity = int(share * budget.greatest_sparsity * 1024) / 1024  # exact, and so is 1 - sparsity
         got = budget.project(np.array(importance), sparsity)
         assert got.kept == slowly_projected(sublayers, tables, importance, sparsity, tied=tied, **rules)
 
