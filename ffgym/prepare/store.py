@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,7 @@ def _source(cls: type[Plugin]) -> str | None:
     return "\0".join(file.read_text("utf-8", errors="replace") for file in files)
 
 
+@cache
 def decisive_code() -> str:
     """Digest of the code that decides what a store holds."""
     root, digest = Path(__file__).parents[1], hashlib.sha256()
