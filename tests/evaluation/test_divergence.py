@@ -6,8 +6,9 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from measured_alone import compared, final_hidden
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ffgym.evaluation import divergence
+from ffgym.evaluation.divergence import BUFFERS, LOGIT_BYTES
 from ffgym.testing.models import tiny_model
 
 BOTH = frozenset({"kl", "reverse_kl"})
@@ -40,29 +41,41 @@ def measured(dense, pruned, windows, needs=BOTH, **options):
     return compared(pruned, windows, hidden, needs, **options)
 
 
-@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
-def test_equals_the_full_distributions(family, random_windows):
-    dense, pruned, windows = tiny_model(family), disturbed(tiny_model(family)), random_windows(5, 20)
+def agrees(dense, pruned, windows, **options):
+    """What is measured is what full distributions give."""
     losses, forward, reverse = plain(dense, pruned, windows)
-    got = measured(dense, pruned, windows)
+    got = measured(dense, pruned, windows, **options)
     assert got.losses == pytest.approx(losses, rel=1e-5)
     assert got.kls == pytest.approx(forward, rel=1e-4)
     assert got.reverse_kls == pytest.approx(reverse, rel=1e-4)
-    assert got.kl == pytest.approx(sum(forward) / 5, rel=1e-4)
-    assert got.reverse_kl == pytest.approx(sum(reverse) / 5, rel=1e-4)
-    assert max(abs(a - b) for a, b in zip(forward, reverse, strict=True)) > 1e-3, "the directions can be told apart"
+    return got
+
+
+@pytest.mark.parametrize("family", DISTINCT_FAMILIES)
+def test_equals_the_full_distributions(family, random_windows):
+    got = agrees(tiny_model(family), disturbed(tiny_model(family)), random_windows(5, 20))
+    assert got.kl == pytest.approx(sum(got.kls) / 5)
+    assert got.reverse_kl == pytest.approx(sum(got.reverse_kls) / 5)
+    apart = max(abs(a - b) for a, b in zip(got.kls, got.reverse_kls, strict=True))
+    assert apart > 1e-3, "the directions can be told apart"
     assert got.tokens_per_window == 19
 
 
-@pytest.mark.parametrize(("rows", "tokens_per_batch"), [(1, 1), (7, 40), (40, 60), (10_000, 10_000)])
-def test_chunks_and_batches_do_not_matter(rows, tokens_per_batch, random_windows, monkeypatch):
-    dense, pruned, windows = tiny_model("llama"), disturbed(tiny_model("llama")), random_windows(5, 20)
-    monkeypatch.setattr(divergence, "LOGIT_BYTES", rows * 4 * divergence.BUFFERS * 128)
-    got = measured(dense, pruned, windows, tokens_per_batch=tokens_per_batch)
-    losses, forward, reverse = plain(dense, pruned, windows)
-    assert got.losses == pytest.approx(losses, rel=1e-5)
-    assert got.kls == pytest.approx(forward, rel=1e-4)
-    assert got.reverse_kls == pytest.approx(reverse, rel=1e-4)
+@pytest.mark.parametrize("tokens_per_batch", [1, 60, 10_000])
+def test_batches_do_not_matter(tokens_per_batch, random_windows):
+    agrees(tiny_model("llama"), disturbed(tiny_model("llama")), random_windows(5, 20), tokens_per_batch=tokens_per_batch)
+
+
+def test_a_vocabulary_too_large_for_all_logits_at_once_is_no_other():
+    models = []
+    for disturb in (False, True):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=150_000, initializer_range=0.5, **sizes)).eval()
+        models.append(disturbed(model) if disturb else model)
+    windows = torch.randint(150_000, (2, 40))
+    assert 4 * BUFFERS * 150_000 * 2 * 39 > LOGIT_BYTES
+    agrees(*models, windows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,11 +8,10 @@ import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 from torch.nn.functional import cross_entropy
-from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM
+from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ffgym.errors import ModelError
-from ffgym.evaluation import perplexity
-from ffgym.evaluation.perplexity import check_logits, evaluate, token_losses
+from ffgym.evaluation.perplexity import TILE_COLUMNS, TILE_ROWS, check_logits, evaluate, token_losses
 from ffgym.testing.models import tiny_model
 from ffgym.types import Evaluation
 
@@ -52,25 +51,19 @@ def test_a_model_that_scales_its_logits_as_ffgym_does_not_is_refused(random_wind
         check_logits(model, random_windows(1, 16)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (19, 5), (20, 127), (10_000, 127), (1, 128), (20, 10_000)])
-def test_tiles_do_not_matter(rows, columns, dtype, random_windows, monkeypatch):
-    model, windows = tiny_model("llama", dtype=dtype), random_windows(4, 20)
-    wanted = evaluate(model, windows).losses
-    monkeypatch.setattr(perplexity, "TILE_ROWS", rows)
-    monkeypatch.setattr(perplexity, "TILE_COLUMNS", columns)
-    assert evaluate(model, windows).losses == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 1e-3)
-    if dtype == torch.float32:
-        assert wanted == pytest.approx(plain(model, windows), rel=1e-5)
-
-
-@pytest.mark.parametrize(("scale", "error"), [(50, 1e-5), (10_000, 1e-4)])
-def test_large_logits_in_several_tiles_make_one_distribution(scale, error, random_windows, monkeypatch):
-    monkeypatch.setattr(perplexity, "TILE_COLUMNS", 48)  # of 128 tokens: the last tile is narrower
-    model, windows = tiny_model("llama"), random_windows(4, 20)
+@pytest.mark.parametrize("scale", [1, 10_000])  # highest logits in different tiles, far apart
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_text_and_vocabularies_of_several_tiles_make_one_distribution(scale, dtype, error):
+    """Also of positions and tokens that leave the last tile narrower."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=2 * TILE_COLUMNS + 100, **sizes)).eval().to(dtype)
+    windows = torch.randint(model.config.vocab_size, (3, TILE_ROWS // 3 + 100))
     with torch.no_grad():
-        model.lm_head.weight.mul_(scale)  # highest logits in different tiles, far apart
-    assert evaluate(model, windows).losses == pytest.approx(plain(model, windows), rel=error)
+        model.lm_head.weight.mul_(scale)
+    assert evaluate(model, windows, tokens_per_batch=windows.numel()).losses == pytest.approx(
+        plain(model, windows), rel=error
+    )
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 40, 60, 10_000])

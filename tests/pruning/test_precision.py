@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ffgym
-from ffgym.pruning.precision import float64_device, in_float64
+from ffgym.pruning.precision import float64_device
 
 CPU, MPS, CUDA = torch.device("cpu"), torch.device("mps"), torch.device("cuda", 1)
 PACKAGE = Path(ffgym.__file__).parent
@@ -19,14 +19,6 @@ ROOMS = ("models", "prepare", "pruning", "criteria", "heuristics", "evaluation",
 @pytest.mark.parametrize(("device", "wide"), [(CPU, CPU), (CUDA, CUDA), (MPS, CPU), (torch.device("mps", 0), CPU)])
 def test_only_mps_sends_float64_to_the_cpu(device: torch.device, wide: torch.device) -> None:
     assert float64_device(device) == wide
-
-
-@pytest.mark.parametrize("without", [frozenset(), frozenset({"cpu"})], ids=["float64", "no float64"])
-def test_the_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch, without: frozenset[str]) -> None:
-    monkeypatch.setattr("ffgym.pruning.precision.WITHOUT_FLOAT64", without)
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    assert in_float64(x).dtype == torch.float64
-    assert torch.equal(in_float64(x), x.double())
 
 
 def test_nobody_makes_a_tensor_wide_where_it_lies() -> None:
