@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from ffgym.cli import app
 from ffgym.cli.measure import evaluate
-from ffgym.measure import task_definitions, tasks
+from ffgym.measure import task_definitions
 from ffgym.models.origin import Origin, Use
 from ffgym.report.paired import paired_difference
 from ffgym.testing.models import tiny_model
@@ -91,17 +92,27 @@ def test_figures_are_written_to_a_file(folder: Path, tmp_path: Path) -> None:
     assert "--overwrite" in again.stderr
 
 
-def test_ctrl_c_keeps_what_was_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate_task = tasks.evaluate_task
+STOPPING = """
+import ffgym
 
-    def interrupted(model: Any, task: Any, **options: Any) -> Any:
-        if task.name == "arc_easy":
-            raise KeyboardInterrupt
-        return evaluate_task(model, task, **options)
+class Stopping(ffgym.Metric):
+    "One that is interrupted."
+    name = "stopping"
+    text = "nothing"
 
-    monkeypatch.setattr(tasks, "evaluate_task", interrupted)
+    def scores(self, model, tokenizer, *, limit, on_progress):
+        raise KeyboardInterrupt
+
+@ffgym.hookimpl
+def ffgym_metrics():
+    return [Stopping]
+"""
+
+
+def test_ctrl_c_keeps_what_was_measured(folder: Path, tmp_path: Path, install: Callable[..., None]) -> None:
+    install("acme-stopping", STOPPING)
     file = tmp_path / "scores.json"
-    done = call(str(folder), "--tasks", "piqa,arc_easy", "--output", str(file))
+    done = call(str(folder), "--tasks", "piqa,stopping", "--output", str(file))
     assert done.exit_code == 130
     assert "Interrupted" in done.stdout
     data = json.loads(file.read_text())

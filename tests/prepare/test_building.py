@@ -14,7 +14,6 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import to_toml
 from ffgym.errors import BudgetError, ConfigError, FitError, ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
-from ffgym.models.built_in_families import Qwen3
 from ffgym.pipeline.make_env import make_pruning_env
 from ffgym.plugins.discovery import ENVIRONMENT_VARIABLE
 from ffgym.prepare.parts import load_parts, make_budget, prepare_model
@@ -174,15 +173,15 @@ def test_one_shape_is_one_that_the_family_takes():
     assert [shape.kept[:2] for shape in make_budget(config, any_heads).shapes(0.2)] == [(3, 48)]
 
 
-def test_what_a_stock_checkpoint_cannot_say_is_refused_before_anything_is_prepared(monkeypatch):
+def test_what_a_stock_checkpoint_cannot_say_is_refused_before_anything_is_prepared(install):
     config = RunConfig.model_validate({"prune": {"uniform": True, "calibration": "affine"}})
     with pytest.raises(ModelError, match="stock mistral checkpoint has no bias"):
         make_budget(config, tiny_model("mistral"))
     make_budget(config, tiny_model("llama"))
-    monkeypatch.setattr(Qwen3, "stock", None)
+    install("acme-family", FAMILY.format(name="starcoder2").replace("    stock = ffgym.Stock()\n", ""))
     config = RunConfig.model_validate({"prune": {"uniform": True}})
-    with pytest.raises(ModelError, match="stock qwen3 checkpoint can have is not known"):
-        make_budget(config, tiny_model("qwen3"))
+    with pytest.raises(ModelError, match="stock starcoder2 checkpoint can have is not known"):
+        make_budget(config, tiny_model("starcoder2"))
     config = RunConfig.model_validate({"prune": {"uniform": True, "resource": "kv"}})
     with pytest.raises(BudgetError, match=r"reachable range is 0 to 0\.0000"):
         make_budget(config, tiny_model("opt"))
