@@ -10,8 +10,7 @@ import torch
 from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.models.cut import PrunableModel
-from ffgym.prepare import statistics
-from ffgym.prepare.statistics import gradient_statistics, stream_statistics
+from ffgym.prepare.statistics import PIECE_TOKENS, gradient_statistics, stream_statistics
 from ffgym.pruning.statistics import Moments
 from ffgym.testing.models import tiny_model
 
@@ -143,10 +142,16 @@ def reference_gradients(prunable, pieces):
     return [consumer.weight.grad / tokens for consumer in consumers(twin)], fishers
 
 
-@pytest.mark.parametrize("piece", [512, 8])
-def test_gradients_equal_float64_autograd(prunable, windows, piece, monkeypatch):
-    monkeypatch.setattr(statistics, "PIECE_TOKENS", piece)
-    pieces = windows if piece > 16 else windows.reshape(-1, 8)
+def test_gradients_equal_float64_autograd(prunable, windows):
+    gradients_are_those_of(prunable, windows, windows)
+
+
+def test_gradients_of_long_windows_are_those_of_their_pieces(llama, random_windows):
+    windows = random_windows(2, 2 * PIECE_TOKENS + 50)
+    gradients_are_those_of(llama, windows, windows[:, : 2 * PIECE_TOKENS].reshape(-1, PIECE_TOKENS))
+
+
+def gradients_are_those_of(prunable, windows, pieces):
     gradients, fishers = reference_gradients(prunable, pieces)
     got = gradients_of(prunable, windows)
     for stats, gradient, fisher in zip(got, gradients, fishers, strict=True):
