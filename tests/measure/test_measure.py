@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -211,23 +209,6 @@ def test_the_command_prints_the_tables_or_pure_data_and_writes_what_the_suffix_s
     done = call(*quick, "--json", "--output", str(data))
     assert json.loads(done.stdout)["pruned"]["model"] == "folder model"
     assert json.loads(data.read_text())["dense"]["parameters"] == 852_608
-
-
-@dataclass
-class Measured:
-    """Stands in for what is measured."""
-
-    seconds: float
-
-    def tables(self) -> list[Any]:
-        return []
-
-
-def test_a_file_of_json_knows_no_nan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measure_module, "measure", lambda *_, **__: Measured(math.nan))
-    done = call("measure", str(tmp_path), "--output", str(tmp_path / "measure.json"))
-    assert done.exit_code == 0, done.stderr
-    assert (tmp_path / "measure.json").read_text() == '{\n  "seconds": null,\n  "notes": []\n}\n'
 
 
 @pytest.mark.parametrize(

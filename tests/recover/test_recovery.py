@@ -385,22 +385,6 @@ def test_a_run_without_peft_says_so_before_anything(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_behind_the_saved_model_leaves_nothing_to_go_on_with(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else the same command would find its own model in the way."""
-    from ffgym.tracking.tracker import Tracker
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Tracker, "log_artifact", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        recovered(folder)
-    assert (folder / "model-recovered" / "config.json").is_file()
-    assert not (folder / "model-recovered.unfinished").exists()
-
-
 # bad input
 
 
