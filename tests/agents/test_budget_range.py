@@ -179,12 +179,3 @@ def test_a_policy_that_was_loaded_and_never_moved_is_saved_as_it_was():
     agent.load_state(state)
     agent.begin(dimensions=6, batch=8, seed=0)
     assert agent.state()["weights"] == state["weights"]
-
-
-def test_same_seed_same_search():
-    rewards = []
-    for _ in range(2):
-        env, updates = BudgetRangeEnv(8, 6, 120, noise=0.02), []
-        policy().learn(env, seed=3, on_update=updates.append)
-        rewards.append([update.rewards for update in updates])
-    assert all(map(np.array_equal, *rewards))

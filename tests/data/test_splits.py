@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from ffgym.config.mixture import shares
 from ffgym.config.tables import DataTable
 from ffgym.data import splits
-from ffgym.data.corpora import Corpus, _corpus
+from ffgym.data.corpora import Corpus
 from ffgym.data.splits import ROLES
 from ffgym.errors import DataError, UnknownNameError
 from ffgym.prepare.parts import splits_of
@@ -280,7 +280,7 @@ def test_tokenising_a_part_gives_the_tokens_of_the_whole():
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(documents, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    corpus = _corpus("x", "y", documents)
+    corpus = Corpus("x", "y", tuple(documents), "")
     whole = fast("\n\n".join(documents), verbose=False)["input_ids"]
     for count in range(1, len(whole) + 50, 37):
         assert splits.first_tokens(corpus, count, fast, bos=False) == whole[:count]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
 from typing import Any
 
 import made_up_tasks
@@ -258,20 +257,6 @@ class TestExamplesAreDrawn:
             env.reset(seed=seed)
             drawn.append(env._examples)
         assert drawn[0] == drawn[1] != drawn[2]
-
-
-class TestReplay:
-    def test_a_log_is_replayed_with_its_objectives(self, measuring):
-        def played(**options):
-            vector = PruningVectorEnv(measuring(), Schedule(0.3, 4), num_envs=2, token_budget=1200, **options)
-            vector.reset(seed=0)
-            rng = np.random.default_rng(0)
-            while vector.tokens_left:
-                vector.step(rng.uniform(-1, 1, (2, 6)).astype(np.float32))
-            return [asdict(replace(e, action=None)) for e in vector.history], vector.history
-
-        whole, history = played()
-        assert played(replay=history[:3])[0] == whole
 
 
 class TestBadInputs:
