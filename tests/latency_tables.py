@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from ffgym.costs import latency_cache
 from ffgym.costs.latency_fit import grid
 from ffgym.costs.latency_table import Curve, LatencyTable, layer_shapes, model_shape
 
@@ -36,17 +32,3 @@ def made_up_table(model: Any, *, context: int = 64, mlp: float = 8e-3) -> Latenc
         whole_seconds=0.05,
         repetitions=1,
     )
-
-
-def made_up_times(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[int]:
-    """Have times made up instead of taken, and kept in this cache folder; the repetitions that were asked for."""
-    asked: list[int] = []
-
-    def time_model(model: Any, *, context: int, repetitions: int, on_progress: Any) -> LatencyTable:
-        asked.append(repetitions)
-        facts = {"device": latency_cache.processors(model), "repetitions": repetitions}
-        return made_up_table(model, context=context).model_copy(update=facts)
-
-    monkeypatch.setattr(latency_cache, "time_model", time_model)
-    monkeypatch.setenv("FFGYM_CACHE", str(cache))
-    return asked

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from latency_tables import made_up_table, made_up_times
+from latency_tables import made_up_table
 
-from ffgym.costs import sublayer_times
 from ffgym.costs.latency_cache import cached_table, place_of, timed_once
 from ffgym.errors import BudgetError
 from ffgym.testing.models import tiny_model
+from ffgym.types import do_nothing
 
 
 @pytest.fixture
@@ -17,31 +17,43 @@ def model():
     return tiny_model("llama")
 
 
-@pytest.fixture(autouse=True)
-def timed(monkeypatch, tmp_path):
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("FFGYM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def timed():
     """The repetitions of every table that was timed."""
-    return made_up_times(monkeypatch, tmp_path / "cache")
+    return []
 
 
-def test_is_timed_once(model, timed):
-    first = cached_table(model, context=64)
-    assert cached_table(model, context=64) == first
+@pytest.fixture
+def ask(model, cache, timed):
+    """``ask()``: the model's table, from the cache or made up."""
+
+    def ask(*, rebuild=False, repetitions=9, notify=do_nothing):
+        def time():
+            timed.append(repetitions)
+            return made_up_table(model).model_copy(update={"repetitions": repetitions})
+
+        place = place_of(model, context=64)
+        return timed_once(place, time, repetitions=repetitions, rebuild=rebuild, notify=notify)
+
+    return ask
+
+
+def test_is_timed_once(model, ask, timed):
+    assert ask() == ask()
     assert len(timed) == 1
     assert [path.name for path in place_of(model, context=64).parent.iterdir()] == [place_of(model, context=64).name]
 
 
-def test_a_model_spread_over_devices_is_timed_once(model, timed, monkeypatch):
-    monkeypatch.setattr(sublayer_times, "devices_of", lambda _: {torch.device("cuda", i) for i in range(2)})
-    said = []
-    assert cached_table(model, context=64, notify=said.append).device.endswith(" x 2")
-    cached_table(model, context=64, notify=said.append)
-    assert (len(timed), said) == (1, [])
-
-
-def test_rebuild_times_again(model, timed):
-    cached_table(model, context=64)
-    cached_table(model, context=64, rebuild=True, repetitions=2)
-    assert cached_table(model, context=64).repetitions == 2
+def test_rebuild_times_again(ask, timed):
+    ask()
+    ask(rebuild=True, repetitions=2)
+    assert ask().repetitions == 2
     assert timed == [9, 2]
 
 
@@ -68,23 +80,23 @@ def test_another_torch_is_another_table(model, monkeypatch):
     assert place_of(model, context=64) != here
 
 
-def test_a_damaged_file_is_timed_again_with_a_word(model, timed):
+def test_a_damaged_file_is_timed_again_with_a_word(model, ask, timed):
     said = []
-    table = cached_table(model, context=64)
+    table = ask()
     place_of(model, context=64).write_text('{"format": "another"}')
-    assert cached_table(model, context=64, notify=said.append) == table
+    assert ask(notify=said.append) == table
     assert len(timed) == 2
     assert len(said) == 1
     assert "damaged" in said[0]
     assert "timing again" in said[0]
-    assert cached_table(model, context=64) == table
+    assert ask() == table
     assert len(timed) == 2
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(model, timed, tmp_path):
-    (tmp_path / "cache").write_text("")
+def test_a_cache_that_cannot_be_written_stops_nothing(ask, cache):
+    cache.write_text("")
     said = []
-    assert cached_table(model, context=64, notify=said.append).context == 64
+    assert ask(notify=said.append).context == 64
     assert "could not be saved" in said[0]
 
 
@@ -107,8 +119,8 @@ def test_a_busy_machine_is_named(tmp_path, model):
     assert "--rebuild, with the other options" in said[-1], "of an engine's table and of a file, too"
 
 
-def test_a_context_that_the_model_does_not_take(model, timed):
+def test_a_context_that_the_model_does_not_take(model, cache):
     with pytest.raises(BudgetError, match=r"prune\.context = 1024 tokens, and this model takes at most 128") as raised:
         cached_table(model, context=1024)
     assert "prune.context=128" in raised.value.hint
-    assert not timed
+    assert not cache.exists()

@@ -17,11 +17,6 @@ from ffgym.testing.models import tiny_model
 CONTEXT = 16
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(sublayer_times, "LEAST_SECONDS", 0.0)
-
-
 @pytest.mark.parametrize("family", DISTINCT_FAMILIES)
 def test_a_table_of_every_family(family):
     model = tiny_model(family)
@@ -71,6 +66,7 @@ def test_every_size_is_timed_once_a_round_and_the_whole_model_too(monkeypatch):
         original(self, units, **options)
 
     monkeypatch.setattr(sublayer_times.PrunableSublayer, "cut", counted)
+    monkeypatch.setattr(sublayer_times, "LEAST_SECONDS", 0.0)  # else calls are repeated
     model = tiny_model("llama", layers=1)
     forwards = []
     model.get_output_embeddings().register_forward_hook(lambda *_: forwards.append(1))
