@@ -102,8 +102,6 @@ def test_every_linear_that_has_weights_gets_an_adapter(fresh: Any, family: str) 
     names = target_modules(model, family_of_type(family))
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.numel() and ".layers." in n}
     assert set(names) == linears
-    adapted = module._add_adapters(model, family_of_type(family), Lora.Config())
-    assert set(adapted.targeted_module_names) == linears
 
 
 # training
