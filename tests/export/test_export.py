@@ -9,7 +9,6 @@ import re
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
@@ -33,7 +32,7 @@ from ffgym.export.refresh import refresh
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of_type
 from ffgym.models.loading import load as load_model
-from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config, Skipped
+from ffgym.models.modeling_ffgym import FFGymLlamaConfig, FFGymMistralConfig, FFGymQwen2Config
 from ffgym.models.sublayer import parameter
 from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
@@ -375,15 +374,6 @@ class TestOnDisk:
     def test_servers_find_what_they_multiply_logits_by(self, saved):
         assert load(saved, "granite-gqa-emptied").config.logit_scale == 1 / 2.0
 
-    def test_what_an_environment_kept_can_be_saved(self, make_env, tmp_path):
-        env = make_env(sparsity=0.3)
-        env.reset(seed=0)
-        *_, info = env.step(np.ones(env.action_space.shape, np.float32))
-        env.prunable.cut(info["kept"])
-        save_pruned(env.prunable, None, tmp_path / "m")
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto").eval()
-        assert torch.equal(model(IDS).logits, env.prunable.model(IDS).logits)
-
 
 class TestRefusals:
     @pytest.fixture
@@ -425,12 +415,7 @@ class TestRefusals:
         assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
 
     def test_overwrite_never_deletes_what_is_no_checkpoint(self, prunable, tmp_path):
-        (tmp_path / "thesis.tex").write_text("years")
-        with pytest.raises(OutputError, match=r"holds thesis\.tex"):
-            save_pruned(prunable, None, tmp_path, overwrite=True)
-        assert (tmp_path / "thesis.tex").read_text() == "years"
-
-    def test_overwrite_never_deletes_a_project_that_has_a_config_json(self, prunable, tmp_path):
+        """Such as a project that has a config.json."""
         (tmp_path / "config.json").write_text("{}")
         with pytest.raises(OutputError, match="holds no model"):
             save_pruned(prunable, None, tmp_path, overwrite=True)
@@ -526,16 +511,6 @@ class TestClasses:
         model.load_state_dict(stock.state_dict())
         with torch.no_grad():
             assert torch.equal(model(IDS).logits, stock(IDS).logits)
-
-    def test_skipped_gives_zeros_or_the_bias(self):
-        hidden = torch.ones(2, 5, 8, dtype=torch.bfloat16)
-        output, weights = Skipped(attention=True)(hidden_states=hidden, attention_mask=None, cache=None)
-        assert weights is None
-        assert torch.equal(output, torch.zeros_like(hidden))
-        bias = torch.arange(8.0)
-        output = Skipped(bias, attention=False)(hidden)
-        assert output.dtype == torch.bfloat16
-        assert torch.equal(output, bias.bfloat16().expand(2, 5, 8))
 
 
 class TestRefresh:

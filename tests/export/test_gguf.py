@@ -582,6 +582,7 @@ def test_two_dtypes_are_refused(folder: Path, tmp_path: Path) -> None:
     done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"), "--dtype", "f16", "--set", "dtype=f32")
     assert done.exit_code == 2
     assert "'f16', and --set dtype says 'f32'" in done.stderr
+    assert call(str(folder)).exit_code == 2, "nor is none at all a format"
 
 
 def test_json_is_all_there_is_on_stdout(folder: Path, tmp_path: Path) -> None:
@@ -590,15 +591,6 @@ def test_json_is_all_there_is_on_stdout(folder: Path, tmp_path: Path) -> None:
     assert data["run"] == run_line(tmp_path / "m.gguf")
     assert data.keys() == {field.name for field in dataclasses.fields(Exported)}
     assert (data["path"], data["architecture"], data["notes"]) == (str(tmp_path / "m.gguf"), "deci", [])
-
-
-def test_an_error_is_a_message_a_hint_and_exit_1(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_text("mine")
-    done = call(str(folder), "--gguf", str(tmp_path / "m.gguf"))
-    assert (done.exit_code, done.stdout) == (1, "")
-    assert "hint: " in done.stderr
-    assert "Traceback" not in done.stderr
-    assert call(str(folder)).exit_code == 2
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -262,11 +262,6 @@ class TestRefusals:
         with pytest.raises(ModelError, match=message):
             family_of(model).check_stock_biases(model)
 
-    @pytest.mark.parametrize("family", ["llama", "opt"])
-    def test_biases_that_the_family_has_are_fine(self, family):
-        model = tiny_model(family)
-        family_of(model).check_stock_biases(model)
-
     def test_a_family_whose_stock_shapes_nobody_knows(self):
         class Newcomer(Llama):
             name = "newcomer"
