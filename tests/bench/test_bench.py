@@ -375,9 +375,6 @@ def test_cells_computed_side_by_side_are_the_same(finished: Any, tmp_path: Path,
     assert re.search(r"\[[12]\] collect statistics, order and factorise: done in", said)
     parent, *children = runs(tmp_path / "mlruns")
     assert {cell_of(run) for run in children} == set(CELLS)
-    assert parent.data.tags["mlflow.note.content"] == file.with_suffix(".md").read_text()
-    assert parent.data.params["agent"] == ", ".join(AGENTS)
-    assert parent.data.params["sparsity"] == children[0].data.params["sparsity"]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
 

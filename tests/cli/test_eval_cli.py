@@ -65,11 +65,6 @@ def test_the_folder_of_a_run_will_do_unless_it_holds_several_models(folder: Path
     refused(call(*arguments), "several models: model, model-recovered")
 
 
-def test_a_run_that_saved_no_model_is_told_from_a_folder_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").touch()
-    refused(call(str(tmp_path), "--tasks", "piqa"), f"the run in {str(tmp_path)!r} has saved no model")
-
-
 def test_json_is_all_that_stdout_holds_and_twice_the_same(folder: Path) -> None:
     arguments = (str(folder), "--tasks", "piqa, lambada_openai", "--limit", "2", "--json")
     first, second = (json.loads(call(*arguments).stdout) for _ in range(2))
@@ -144,12 +139,6 @@ def refused(done: Any, complaint: str) -> None:
 )
 def test_bad_input_is_a_message_and_exit_1(folder: Path, arguments: list[str], complaint: str) -> None:
     refused(call(str(folder), *arguments), complaint)
-
-
-def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    refused(call(str(tmp_path / "empty"), "--tasks", "piqa"), "config.json is missing")
-    refused(call(str(tmp_path / "nowhere"), "--tasks", "piqa"), "does not exist")
 
 
 def test_a_hub_id_that_cannot_be_had_is_refused_before_data_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

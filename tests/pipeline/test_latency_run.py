@@ -142,13 +142,6 @@ def test_a_reward_that_weighs_latency_reads_and_records_the_table(tmp_path: Path
         assert episode.objectives["latency_saved"] == pytest.approx(saved)
 
 
-def test_a_named_file_that_is_no_table_is_an_error(tmp_path: Path, table: LatencyTable) -> None:
-    config = timed(tmp_path, table)
-    (tmp_path / "given.json").write_text('{"format": "ffgym latency table 1", "device": "x')
-    with pytest.raises(ConfigError, match=r"given\.json"):
-        go(config)
-
-
 def test_a_run_that_ends_before_its_search_leaves_no_table(tmp_path: Path, table: LatencyTable) -> None:
     with pytest.raises(KeyboardInterrupt):
         ffgym.run(timed(tmp_path, table), progress=stopping("collect statistics", KeyboardInterrupt()))

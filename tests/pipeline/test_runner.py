@@ -504,13 +504,6 @@ def test_a_kv_budget_leaves_the_mlps_whole(finished_with: Callable[..., Finished
     assert all(row.values["kv"] == 0.75 * dense.values["kv"] for row in pruned)
 
 
-def test_a_run_without_random_draws(finished_with: Callable[..., Finished]) -> None:
-    one = finished_with(search={"random_baseline": False})
-    assert list(one.rows)[-3:] == ["mlp-first + ridge", "reinforce, plain", "reinforce + ridge"]
-    assert len(one.rows) == 5
-    assert not (one.folder / "episodes-random.jsonl").exists()
-
-
 @pytest.mark.parametrize("agent", ["random", "pathwise"])
 def test_other_agents_run_on_another_text_which_the_header_names(tmp_path: Path, agent: str) -> None:
     """One that is its own baseline, and one whose updates are single episodes with slopes."""
@@ -612,12 +605,6 @@ def test_a_policy_that_cannot_be_taken_up_is_refused_before_anything(
         finish(glass_config(tmp_path, model=NO_MODEL, search={"init_from": str(source)}))
     assert raised.value.hint
     assert not (tmp_path / "out").exists()
-
-
-def test_an_mlflow_run_that_does_not_exist_is_named(finished: Finished, tmp_path: Path) -> None:
-    search = {"init_from": "0" * 32}
-    with pytest.raises(TrackingError, match="0" * 32):
-        finish(glass_config(tmp_path, search=search, tracking={"root": str(finished.root)}))
 
 
 def test_a_policy_for_other_sublayers_is_refused(finished: Finished, tmp_path: Path) -> None:

@@ -48,11 +48,13 @@ def episode(index: int, **changes) -> Episode:
 
 
 def test_a_run_that_ends_is_finished_and_its_artifacts_lie_under_the_root(root):
-    with Tracker(root, "ffgym", "my run") as tracker:
+    with Tracker(root, "ffgym", "my run", command="ffgym run") as tracker:
         tracker.log_config({"seed": 0}, "seed = 0\n")
     run = run_of(root, tracker)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "my run"
+    assert run.data.tags["mlflow.source.name"] == "ffgym run"
+    assert run.data.tags["mlflow.user"]
     assert run.info.artifact_uri.startswith(str(root / "artifacts"))
     assert (root / "artifacts" / tracker.run_id / "artifacts" / "config.toml").read_text() == "seed = 0\n"
 
@@ -87,14 +89,6 @@ def test_a_run_that_ended_early_says_why_and_how_to_go_on_and_forgets_it_when_it
     tags = run_of(root, tracker).data.tags
     assert tags["mlflow.note.content"] == "what came out"
     assert not {"ffgym.resume", "ffgym.failure", "ffgym.interruption"} & tags.keys()
-
-
-def test_a_run_names_its_source_and_its_user(root):
-    with Tracker(root, "ffgym", "run", command="ffgym run") as tracker:
-        pass
-    tags = run_of(root, tracker).data.tags
-    assert tags["mlflow.source.name"] == "ffgym run"
-    assert tags["mlflow.user"]
 
 
 def test_the_machines_load_is_logged_from_time_to_time(root, monkeypatch):
