@@ -19,7 +19,7 @@ from ffgym.errors import CalibrationError, PluginError
 from ffgym.evaluation.perplexity import evaluate
 from ffgym.prepare.paths import held_out_windows, prepare, some_rows
 from ffgym.pruning.budget import Budget
-from ffgym.pruning.calibration import RIDGE_GRID, NestedRidge, PlainPath
+from ffgym.pruning.calibration import NestedRidge, PlainPath
 from ffgym.testing.models import tiny_model
 
 every_family = pytest.mark.parametrize("family", DISTINCT_FAMILIES)
@@ -149,13 +149,6 @@ def test_what_the_criterion_asks_for_and_which_channels_go_together_reaches_it(w
 
 
 class TestRidge:
-    def test_fixed(self, windows):
-        assert prepare(tiny_model("llama"), Wanda(), windows, ridge=0.3).ridges == (0.3,) * 6
-
-    def test_picked_from_the_grid_per_sublayer(self, windows):
-        prepared = prepare(tiny_model("llama"), Wanda(), windows)
-        assert set(prepared.ridges) <= set(RIDGE_GRID)
-
     @pytest.mark.parametrize(
         ("windows", "length", "held_out"), [(2, 1024, 1), (8, 24, 2), (32, 1024, 8), (1000, 1024, 8), (4, 10_000, 1)]
     )

@@ -21,6 +21,11 @@ ATTENTION = Sublayer(
     0, "attention", units=4, channels_per_unit=8, unit_params=70, unit_macs=64, query_heads_per_unit=2, head_dim=8
 )
 MLP = Sublayer(0, "mlp", units=16, channels_per_unit=1, unit_params=9, unit_macs=9)
+# Of SmolLM2-135M: d = 576, 9 query heads in 3 groups, head_dim = 64, 1,536 intermediate channels.
+SMOLLM = (
+    Sublayer(0, "attention", 3, 192, 294_912, 294_912, query_heads_per_unit=3, head_dim=64),
+    Sublayer(0, "mlp", 1536, 1, 1728, 1728),
+)
 
 seeds = st.integers(0, 2**32 - 1)
 shares = st.floats(0, 1)
@@ -260,7 +265,7 @@ class TestAlign:
     @pytest.mark.parametrize("align", [8, 32, 64])
     def test_a_real_model_keeps_multiples_and_stays_close_to_its_budget(self, align):
         """SmolLM2-135M: an MLP step is align channels, and no more than one is given away."""
-        budget = Budget(model_of(30, TestByHand.attention, TestByHand.mlp), align=align)
+        budget = Budget(model_of(30, *SMOLLM), align=align)
         got = budget.project(np.random.default_rng(0).uniform(-1, 1, 60), 0.2)
         assert all(k % align == 0 for k in got.kept[1::2])
         assert 0 <= 0.8 * budget.dense_cost - got.cost < align * 1728
@@ -402,22 +407,6 @@ class TestBadInput:
     def test_importances_of_another_shape_or_not_finite(self, importance):
         with pytest.raises(BudgetError, match="4 finite numbers"):
             Budget(model_of(2)).project(importance, 0.2)
-
-
-class TestByHand:
-    """SmolLM2-135M: d = 576, 9 query heads in 3 groups, head_dim = 64, 1,536 intermediate channels, 30 layers."""
-
-    attention = Sublayer(0, "attention", 3, 192, 294_912, 294_912, query_heads_per_unit=3, head_dim=64)
-    mlp = Sublayer(0, "mlp", 1536, 1, 1728, 1728)
-
-    def test_what_costs_nothing_stays_whole(self):
-        sublayers = model_of(30, self.attention, self.mlp)
-        budget = Budget(sublayers, [np.arange(s.units + 1) * s.head_dim for s in sublayers])
-        got = budget.project(np.full(60, -1.0), 0.5)
-        assert got.kept[1::2] == (1536,) * 30
-        assert sum(got.kept[::2]) == 45
-        assert got.sparsity == 0.5
-        assert budget.greatest_sparsity == pytest.approx(2 / 3)
 
 
 class TestImportanceSlopes:
