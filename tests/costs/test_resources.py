@@ -211,14 +211,6 @@ class TestThirdParty:
         weighing = load_config(reward={"name": "multi-objective", "resource": "energy"})
         assert configured.editions(weighing) == {**others, "reward.energy": 2}
 
-    def test_it_is_listed(self, install: Any) -> None:
-        install("ffgym-energy", ENERGY)
-        lines = CliRunner().invoke(app, ["ls", "resources"]).stdout.splitlines()
-        names = [line.split()[0] for line in lines]
-        assert names[:4] == ["params", "macs", "kv", "latency"]
-        assert "energy" in names[4:]
-        assert lines[-1].endswith("attention moves more data than an MLP.")
-
     def test_one_without_price_and_measurement_is_refused_when_it_is_loaded(self, install: Any) -> None:
         install("ffgym-energy", ENERGY.replace("def unit_price", "def price_of_unit"))
         (record,) = [row for row in discovery.records() if row.package == "ffgym-energy"]

@@ -92,13 +92,6 @@ def head(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("shrink")
-def test_it_is_listed() -> None:
-    rows = {row["name"]: row["description"] for row in json.loads(call("ls", "recoveries", "--json").stdout)}
-    assert set(rows) == {"lora", "distil-mlp", "shrink"}
-    assert rows["shrink"].startswith("Shrinks every weight")
-
-
-@pytest.mark.usefixtures("shrink")
 def test_the_command_trains_by_it(pruned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call("recover", pruned, "--method", "shrink", "--set", "recover.steps=3", "--output", out, "--json")

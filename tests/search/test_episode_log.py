@@ -99,13 +99,6 @@ class TestRecorder:
         with small_files(1), Recorder(log):  # a disk that is still full
             assert log.read_bytes() == whole
 
-    def test_goes_on_behind_a_torn_line(self, tmp_path):
-        log = written(tmp_path / "torn.jsonl", *(episode(i, 0, 0.5) for i in range(3)))
-        log.write_bytes(log.read_bytes() + b'{"origin": ')
-        with Recorder(log) as recorder:
-            recorder.record(episode(3, 1, 0.5))
-        assert len(read_log(log).episodes) == 4
-
     def test_without_a_log_it_keeps_the_time_alone(self, now):
         with Recorder(None) as recorder:
             now[0] += 2.0

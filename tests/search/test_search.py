@@ -338,12 +338,6 @@ class TestSeconds:
 
         return make
 
-    def test_every_line_of_the_log_says_its_own(self, slow, tmp_path):
-        log = tmp_path / "episodes.jsonl"
-        found = searched(slow(), log=log)
-        assert read_log(log).seconds == len(found.history)
-        assert found.seconds == len(found.history) + found.final_tokens / 32
-
     def test_of_earlier_sessions_are_added_up(self, slow, tmp_path):
         log = tmp_path / "episodes.jsonl"
         with pytest.raises(SearchInterrupted) as raised:
