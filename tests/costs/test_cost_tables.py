@@ -38,12 +38,6 @@ class TestTables:
         assert budget.project(np.array([-1.0, 0.1]), 0.1).kept == (1, 16)
         assert budget.project(np.array([1.0, -1.0]), 0.1).kept == (4, 8)
 
-    def test_sparsity_out_of_reach_names_the_range(self):
-        budget = budget_of([ATTENTION, MLP], [np.array([0.0, 30, 30, 30, 40]), np.arange(17.0)])
-        assert budget.greatest_sparsity == pytest.approx(1 - 31 / 56)
-        with pytest.raises(BudgetError, match=r"0\.9 of latency is out of reach.* 0 to 0\.4464"):
-            budget.check(0.9)
-
     @pytest.mark.parametrize(
         ("tables", "complaint"),
         [

@@ -187,7 +187,8 @@ def test_a_byte_order_mark_and_lines_without_text_are_skipped(tmp_path):
 def test_a_folder_may_have_any_name(tmp_path, name):
     folder = tmp_path / name
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(folder))
-    assert load_text(str(folder), role="search").documents == tuple(TEXTS)
+    corpus = load_text(str(folder), role="search")
+    assert (corpus.documents, corpus.split) == (tuple(TEXTS), "all")
 
 
 def test_no_more_than_enough_is_read(tmp_path):
@@ -206,13 +207,6 @@ def test_the_digest_tells_where_one_document_ends(tmp_path):
         write_jsonl(tmp_path / "a.jsonl", texts)
         digests.add(load_text(str(tmp_path / "a.jsonl"), role="search").digest)
     assert len(digests) == 2
-
-
-def test_a_saved_dataset_is_read(tmp_path):
-    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
-    corpus = load_text(str(tmp_path / "saved"), role="report")
-    assert corpus.documents == tuple(TEXTS)
-    assert corpus.split == "all"
 
 
 @pytest.mark.parametrize("reported", ["test", "validation", "train"])

@@ -83,17 +83,6 @@ def test_pruning_equals_zero_masking(family, grouped, kept, ids):
     close(logits(model, ids), logits(masked(dense, prunable, orders, kept), ids))
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)])
-def test_the_callers_mode_changes_no_bit(mode, prepared_llama):
-    prunable, kept = prepared_llama.prunable, [1, 20] * 3
-    prunable.cut(kept)
-    expected = snapshot(prunable.model)
-    with mode:
-        prunable.cut(kept)
-    assert all(torch.equal(weight, expected[name]) for name, weight in prunable.model.named_parameters())
-    assert not any(weight.is_inference() for weight in prunable.model.parameters())
-
-
 @every_structure
 def test_restoring_is_bit_exact(family, grouped, ids):
     model = tiny_model(family, grouped_query=grouped)

@@ -128,14 +128,6 @@ def test_one_number_of_experts_in_all_layers_is_a_stock_checkpoint(family, pruna
     torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_different_numbers_of_experts_are_no_stock_checkpoint(prunable, tmp_path):
-    kept = list(fewer(prunable))
-    kept[1] = 4
-    prunable.cut(kept)
-    with pytest.raises(ModelError, match="the layers differ in size"):
-        save_pruned(prunable, None, tmp_path / "model", stock=True)
-
-
 def test_what_experts_do_not_have_is_refused_with_its_name(family, prunable):
     windows = torch.randint(0, 128, (4, 16))
     with pytest.raises(ModelError, match="layer 0 experts has no gradient"):

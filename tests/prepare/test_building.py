@@ -209,21 +209,6 @@ def test_the_budget_counts_bytes_of_the_models_dtype(tiny_run, parts):
     assert budget.project(np.zeros(6), 0.2).resource == "kv"
 
 
-def test_a_sparsity_out_of_reach_is_refused_before_anything_is_prepared(tiny_run):
-    config = configured(tiny_run, prune={"sparsity": 0.5, "min_units": 40})
-    with pytest.raises(BudgetError, match="out of reach"):
-        make_pruning_env(config)
-
-
-def test_two_environments_from_one_configuration_agree_bit_for_bit(tiny_run):
-    rewards = []
-    for _ in range(2):
-        env = make_pruning_env(tiny_run)
-        env.reset(seed=3)
-        rewards.append(env.step(np.linspace(-1, 1, 6).astype(np.float32))[1])
-    assert rewards[0] == rewards[1]
-
-
 def test_an_environment_may_be_made_and_used_in_inference_mode(tiny_run):
     with torch.inference_mode():
         env = make_pruning_env(tiny_run, criterion={"name": "taylor"})

@@ -62,14 +62,6 @@ def test_what_is_not_known_is_left_out():
     assert "None" not in text
 
 
-def test_a_stock_checkpoint_needs_no_trust():
-    text = card(stock=True)
-    assert "AutoModelForCausalLM.from_pretrained(folder)" in text
-    assert "stock checkpoint" in text
-    assert "trust_remote_code" not in text
-    assert "trust_remote_code=True" in card()
-
-
 def test_card_says_how_to_load_rerun_and_judge_the_model():
     text = card()
     for part in (
