@@ -231,24 +231,18 @@ def test_text_that_a_model_was_made_from_is_said_by_whatever_name(folder: Path, 
     assert "it looks better" not in call(*arguments, "--text", str(copy)).stdout
 
 
-def test_models_of_two_tokenizers_are_not_compared(folder: Path, text: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(folder, tmp_path / "other")
-    words = json.loads((other / "tokenizer.json").read_text())
-    vocabulary = words["model"]["vocab"]
+def test_models_of_two_tokenizers_or_contexts_are_not_compared(folder: Path, text: Path, tmp_path: Path) -> None:
+    words, shorter = (shutil.copytree(folder, tmp_path / name) for name in ("words", "shorter"))
+    tokenizer = json.loads((words / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
     vocabulary["w0"], vocabulary["w1"] = vocabulary["w1"], vocabulary["w0"]
-    (other / "tokenizer.json").write_text(json.dumps(words))
-    done = call(str(folder), str(other), "--text", str(text))
-    assert any(line.split() == ["difference", "-", "-"] for line in done.stdout.splitlines())
-    assert "windows differ, by tokenizer or context" in done.stdout
-
-
-def test_models_of_two_contexts_are_not_compared(folder: Path, text: Path, tmp_path: Path) -> None:
-    other = shutil.copytree(folder, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
-    done = call(str(folder), str(other), "--text", str(text))
-    assert any(line.split() == ["difference", "-", "-"] for line in done.stdout.splitlines())
-    assert "windows differ, by tokenizer or context" in done.stdout
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 16}))
+    for other in (words, shorter):
+        done = call(str(folder), str(other), "--text", str(text))
+        assert any(line.split() == ["difference", "-", "-"] for line in done.stdout.splitlines())
+        assert "windows differ, by tokenizer or context" in done.stdout
 
 
 def run_of(dense: str, folder: Path, run: Path) -> str:

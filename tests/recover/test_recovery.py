@@ -475,12 +475,6 @@ def test_without_a_dense_model_the_table_has_two_rows(folder: Path, dense: str |
     assert [row.label for row in result.table.rows] == ["before", "lora"]
 
 
-def test_a_dense_model_that_is_not_named_is_that_of_the_record(folder: Path) -> None:
-    result = recovered(folder, config=with_dense(configured(folder), None))
-    assert [row.label for row in result.table.rows] == ["dense", "before", "lora"]
-    assert load_config(result.saved.path / "config.toml").model.name == configured(folder).model.name
-
-
 # the command
 
 
