@@ -438,7 +438,7 @@ def test_a_cell_that_another_bench_computes_is_left_to_it(tmp_path: Path, steps:
     assert len(steps) - 1 == 2
 
 
-def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(finished: Any, tmp_path: Path) -> None:
+def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(tmp_path: Path) -> None:
     (cell,) = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0])).cells
     runner = cell_module.CellRunner(Reporter(Console(quiet=True)))
     cell.path.parent.mkdir()

@@ -300,9 +300,7 @@ def test_ticks_below_a_thousand_tokens_have_numbers_of_their_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize("count", [2, 8])
-def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
-) -> None:
+def test_several_baselines_are_drawn_and_no_more_searches_than_can_be_told_apart(tmp_path: Path, count: int) -> None:
     many = [cell(f"agent {i}", 0, [(100, 3.0 + i / 100), (1000, 2.9 + i / 100)]) for i in range(20)]
     baselines = [f"agent {i}" for i in range(10, 10 + count)]
     axes = drawn_axes(many, tmp_path / "bench.png", *baselines)
@@ -320,7 +318,7 @@ def test_the_callers_style_does_not_change_the_picture(tmp_path: Path, dark_styl
     assert (tmp_path / "dark.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
-def test_the_final_perplexity_is_marked_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_perplexity_is_marked_and_named(tmp_path: Path) -> None:
     axes = drawn_axes(results(), tmp_path / "bench.png", "evolution")
     assert "evolution: 31.00, 2 seeds" in {line.get_label() for line in axes.lines}
     ends = [line.get_xydata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]

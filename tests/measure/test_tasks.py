@@ -118,7 +118,7 @@ def test_a_metric_without_a_standard_error_says_none(model):
     assert result.metric("f1").stderr is None
 
 
-def test_tasks_are_zero_shot(model):
+def test_tasks_are_zero_shot():
     for task in load_tasks(["arc_easy", "boolq"]).tasks:
         assert task.task.config.num_fewshot == 0
 
@@ -147,7 +147,7 @@ def test_a_broken_model_is_noticed(model):
     assert evaluate_task(model, task).not_finite == 12
 
 
-def test_another_split_than_lm_evals_own_is_told(model):
+def test_another_split_than_lm_evals_own_is_told():
     sciq, arc = load_tasks(["sciq", "arc_easy"]).tasks
     assert (sciq.split, sciq.own_split) == ("validation", "test")
     assert (arc.split, arc.own_split) == ("test", "test")

@@ -117,7 +117,7 @@ def test_a_saved_model_says_how_many_experts_it_has(family, prunable, tmp_path):
     assert units_kept(again, tiny_model(family)) == kept
 
 
-def test_one_number_of_experts_in_all_layers_is_a_stock_checkpoint(family, prunable, tmp_path):
+def test_one_number_of_experts_in_all_layers_is_a_stock_checkpoint(prunable, tmp_path):
     """As uniform runs keep them: engines that know the family need no code for it."""
     kept = fewer(prunable, experts=4)
     prunable.cut(kept)
@@ -138,7 +138,7 @@ def test_what_experts_do_not_have_is_refused_with_its_name(family, prunable):
         distil_mlps(SimpleNamespace(model=prunable.model, dense=tiny_model(family), checkpoint=None), None, None)
 
 
-def test_a_plan_counts_the_experts_of_one_token_as_work_and_all_of_them_as_weights(family, prunable):
+def test_a_plan_counts_the_experts_of_one_token_as_work_and_all_of_them_as_weights(prunable):
     shape = shape_of(prunable.model.config, "tiny")
     holding = [s for s in prunable.sublayers if s.kind == "experts"]
     assert shape.has_experts

@@ -76,7 +76,8 @@ def clears_weights(self: Uniform, views: Sequence[SublayerView]) -> np.ndarray:
     return np.zeros(len(views))
 
 
-ILL_WRITTEN: dict[type[Plugin], list[tuple[str, dict[str, Any]]]] = {
+# By class: what a subclass of it gets wrong, and the test of its suite that catches that.
+WRONG: dict[type[Plugin], list[tuple[str, dict[str, Any]]]] = {
     Magnitude: [
         ("test_has_a_name", {"name": "a/b"}),
         ("test_its_options_can_be_given", {"Config": dict}),
@@ -88,10 +89,26 @@ ILL_WRITTEN: dict[type[Plugin], list[tuple[str, dict[str, Any]]]] = {
         ("test_its_attributes_have_their_types", {"edition": 0}),
         ("test_scores_keep_the_contract", {"needs": frozenset({"sqare"})}),
         ("test_leaves_what_it_is_given_unchanged", {"needs": frozenset({"square"}), "score": clears_statistics}),
+        ("test_config_refuses_unknown_keys", {"Config": Lax}),
+        ("test_scores_keep_the_contract", {"score": lambda self, weight, stats: stats.square}),  # not asked for
+        ("test_same_input_same_scores", {"score": lambda self, weight, stats: torch.rand(weight.shape[1])}),
+        (
+            "test_scores_follow_a_permutation_of_channels",
+            {"score": lambda self, weight, stats: torch.arange(weight.shape[1])},
+        ),
     ],
     Uniform: [
         ("test_has_a_name", {"name": "none"}),
         ("test_leaves_what_it_is_given_unchanged", {"importance": clears_weights}),
+        ("test_importances_keep_the_contract", {"importance": lambda self, views: np.zeros(9)}),
+        (
+            "test_same_input_same_importances",
+            {"importance": lambda self, views: np.random.uniform(-1, 1, len(views))},
+        ),
+        (
+            "test_takes_weights_in_bfloat16",
+            {"importance": lambda self, views: [float(np.tanh(view.weight.numpy()[0, 0])) for view in views]},
+        ),
     ],
     Perplexity: [
         ("test_its_attributes_have_their_types", {"tasks": "arc_easy"}),
@@ -104,8 +121,24 @@ ILL_WRITTEN: dict[type[Plugin], list[tuple[str, dict[str, Any]]]] = {
             "test_objectives_have_fixed_names_and_finite_values",
             {"objectives": lambda self, pruned, dense: {"ratio (%)": 1.0}},
         ),
+        (
+            "test_objectives_have_fixed_names_and_finite_values",
+            {"objectives": lambda self, pruned, dense: {f"at {pruned.loss:.0f}": 1.0}},
+        ),
+        ("test_finite_for_every_finite_loss", {"__call__": lambda self, pruned, dense: -pruned.perplexity}),
+        ("test_same_input_same_reward", {"__call__": lambda self, pruned, dense: pruned.kl}),  # not asked for
+        ("test_lower_loss_never_earns_less", {"__call__": lambda self, pruned, dense: 1 - 1 / (1 + pruned.loss)}),
     ],
-    Evolution: [("test_reports_every_update", {"tell": lambda self, *_: {"a/../b": 1.0}})],
+    Evolution: [
+        ("test_takes_its_config", {"__init__": unconfigured}),
+        ("test_reports_every_update", {"tell": lambda self, *_: {"a/../b": 1.0}}),
+        ("test_leaves_what_it_is_told_unchanged", {"tell": centred}),
+        ("test_spends_the_budget", {"learn": lambda self, env, *, seed, on_update: env.reset(seed=seed)}),
+        ("test_same_seed_same_search", {"ask": lambda self, seen: np.random.uniform(-1, 1, (len(seen), 6))}),
+        ("test_takes_up_a_state", {"load_state": lambda self, state: None}),
+        ("test_state_is_plain_data", {"state": lambda self: {"rng": np.random.default_rng()}}),
+        ("test_recommends_importances", {"recommend": lambda self, observation: [np.full(6, 3.0)]}),
+    ],
     Params: [
         ("test_leaves_the_model_unchanged", {"rest": lambda self, model, _: model.lm_head.weight.data.zero_().numel()}),
         ("test_leaves_the_model_unchanged", {"rest": lambda self, model, _: len(list(model.train().children()))}),
@@ -127,73 +160,14 @@ SUITES: dict[type[Plugin], type[PluginConformance]] = {
 
 @pytest.mark.parametrize(
     ("base", "test", "members"),
-    [(base, test, members) for base, cases in ILL_WRITTEN.items() for test, members in cases],
+    [(base, test, members) for base, cases in WRONG.items() for test, members in cases],
 )
-def test_what_is_ill_written_is_caught(base: type[Plugin], test: str, members: dict[str, Any]) -> None:
+def test_what_is_wrong_is_caught(base: type[Plugin], test: str, members: dict[str, Any]) -> None:
+    """A plugin that is as it should be but for one thing."""
     plugin = type("Broken", (base,), {"name": "broken", **members})
     suite = type("Suite", (SUITES.get(base, PluginConformance),), {"make": lambda self: plugin()})()
     with pytest.raises((AssertionError, PluginError, pytest.fail.Exception)):
-        getattr(suite, test)()
-
-
-BROKEN: dict[type[PluginConformance], tuple[type[Plugin], dict[str, dict[str, Any]]]] = {
-    AgentConformance: (
-        Evolution,
-        {
-            "test_takes_its_config": {"__init__": unconfigured},
-            "test_leaves_what_it_is_told_unchanged": {"tell": centred},
-            "test_spends_the_budget": {"learn": lambda self, env, *, seed, on_update: env.reset(seed=seed)},
-            "test_same_seed_same_search": {"ask": lambda self, seen: np.random.uniform(-1, 1, (len(seen), 6))},
-            "test_takes_up_a_state": {"load_state": lambda self, state: None},
-            "test_state_is_plain_data": {"state": lambda self: {"rng": np.random.default_rng()}},
-            "test_recommends_importances": {"recommend": lambda self, observation: [np.full(6, 3.0)]},
-        },
-    ),
-    CriterionConformance: (
-        Magnitude,
-        {
-            "test_config_refuses_unknown_keys": {"Config": Lax},
-            "test_scores_keep_the_contract": {"score": lambda self, weight, stats: stats.square},  # not asked for
-            "test_same_input_same_scores": {"score": lambda self, weight, stats: torch.rand(weight.shape[1])},
-            "test_scores_follow_a_permutation_of_channels": {
-                "score": lambda self, weight, stats: torch.arange(weight.shape[1])
-            },
-        },
-    ),
-    HeuristicConformance: (
-        Uniform,
-        {
-            "test_importances_keep_the_contract": {"importance": lambda self, views: np.zeros(9)},
-            "test_same_input_same_importances": {
-                "importance": lambda self, views: np.random.uniform(-1, 1, len(views))
-            },
-            "test_takes_weights_in_bfloat16": {
-                "importance": lambda self, views: [float(np.tanh(view.weight.numpy()[0, 0])) for view in views]
-            },
-        },
-    ),
-    RewardConformance: (
-        Perplexity,
-        {
-            "test_finite_for_every_finite_loss": {"__call__": lambda self, pruned, dense: -pruned.perplexity},
-            "test_same_input_same_reward": {"__call__": lambda self, pruned, dense: pruned.kl},  # not asked for
-            "test_lower_loss_never_earns_less": {"__call__": lambda self, pruned, dense: 1 - 1 / (1 + pruned.loss)},
-            "test_objectives_have_fixed_names_and_finite_values": {
-                "objectives": lambda self, pruned, dense: {f"at {pruned.loss:.0f}": 1.0}
-            },
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize(("suite", "test"), [(suite, test) for suite, (_, tests) in BROKEN.items() for test in tests])
-def test_what_is_broken_is_caught(suite: type[PluginConformance], test: str) -> None:
-    """A plugin that is as it should be but for one thing."""
-    base, broken = BROKEN[suite]
-    plugin = type("Broken", (base,), {"name": "broken", **broken[test]})
-    caught = getattr(type("Suite", (suite,), {"make": lambda self: plugin()})(), test)
-    with pytest.raises((AssertionError, PluginError, pytest.fail.Exception)):
-        caught(*[4] * (test == "test_importances_keep_the_contract"))  # layers
+        getattr(suite, test)(*[4] * (test == "test_importances_keep_the_contract"))  # layers
 
 
 def test_more_recommendations_than_announced_are_caught() -> None:

@@ -91,7 +91,7 @@ def test_a_calibration_that_fails_in_an_episode_is_named(install: Install, tiny_
         env.prunable.halves[1].cut(8)
 
 
-def test_slopes_of_a_path_that_does_not_say_them_are_differences(install: Install) -> None:
+def test_slopes_of_a_path_that_does_not_say_them_are_differences() -> None:
     """The same numbers as the closed form of plain removal."""
     from ffgym.pruning.calibration import ConsumerPath, PlainPath
 

@@ -211,7 +211,7 @@ def test_a_flipped_bit_is_found(told: Told, folder: Path) -> None:
     assert told.prepared == 2
 
 
-def test_a_preparation_that_fails_leaves_nothing(told: Told, folder: Path) -> None:
+def test_a_preparation_that_fails_leaves_nothing(told: Told) -> None:
     class Broken(Wanda):
         def score(self, weight: Any, stats: Any) -> Any:
             raise KeyboardInterrupt
