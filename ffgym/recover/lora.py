@@ -260,7 +260,7 @@ class _Training:
     def _gradient(self, batch: torch.Tensor) -> float:
         """Add the gradient of the batch's mean loss, a few windows at a time; the loss in nats per token."""
         mean = 0.0
-        for part in torch.split(batch, max(1, TOKENS_PER_PASS // batch.shape[1])):
+        for part in torch.split(batch, max(1, min(TOKENS_PER_PASS, self._setup.tokens_per_pass) // batch.shape[1])):
             ids = part.to(self._device)
             loss = self._model(input_ids=ids, labels=ids, use_cache=False).loss * (len(part) / len(batch))
             loss.backward()

@@ -13,7 +13,7 @@ from ffgym.errors import ConfigError
 from ffgym.heuristics.fisher import Fisher
 from ffgym.heuristics.flap import Flap, keep_ratios, standardised_units
 from ffgym.heuristics.gate_scaling import GateScaling, gate_sensitivity
-from ffgym.heuristics.mlp_first import MlpFirst, fitting_ends
+from ffgym.heuristics.mlp_first import MlpFirst
 from ffgym.heuristics.owl import Owl, outlier_ratio, spread
 from ffgym.heuristics.skip_ends import SkipEnds
 from ffgym.heuristics.uniform import Uniform
@@ -54,24 +54,20 @@ def test_mlp_first_spares_attention_and_the_ends() -> None:
     np.testing.assert_array_equal(importance[1::2], [1, 1, 1, -1, -1, -1, -1, -1, -1, 1])
 
 
-def test_mlp_first_spares_what_its_options_say() -> None:
-    heuristic = MlpFirst(MlpFirst.Config(spare_first=0, spare_last=2))
-    np.testing.assert_array_equal(heuristic.importance(toy_views(5, frozenset()))[1::2], [-1, -1, -1, 1, 1])
-
-
 @pytest.mark.parametrize(
-    ("first", "last", "depth", "expected"),
+    ("first", "last", "spared"),
     [
-        (3, 1, 30, (3, 1)),
-        (3, 1, 8, (3, 1)),
-        (3, 1, 4, (1, 0)),
-        (3, 1, 1, (0, 0)),
-        (0, 0, 1, (0, 0)),
-        (10, 10, 4, (1, 1)),
+        (0, 2, [-1, -1, -1, 1, 1]),
+        (3, 1, [1, 1, 1, -1, -1, -1, -1, 1]),
+        (3, 1, [1, -1, -1, -1]),  # of shallow models, proportionally less
+        (3, 1, [-1]),
+        (0, 0, [-1]),
+        (10, 10, [1, -1, -1, 1]),
     ],
 )
-def test_shallow_models_spare_proportionally_less(first: int, last: int, depth: int, expected: tuple[int, int]) -> None:
-    assert fitting_ends(first, last, depth) == expected
+def test_mlp_first_spares_what_its_options_say(first: int, last: int, spared: list[int]) -> None:
+    heuristic = MlpFirst(MlpFirst.Config(spare_first=first, spare_last=last))
+    np.testing.assert_array_equal(heuristic.importance(toy_views(len(spared), frozenset()))[1::2], spared)
 
 
 @pytest.mark.parametrize("cls", [Flap, Owl, GateScaling])

@@ -192,11 +192,18 @@ def test_recomputing_activations_changes_no_number(fresh: Any, texts: Any) -> No
     assert not any(getattr(part, "gradient_checkpointing", False) for part in recomputed.modules())
 
 
-def test_windows_are_taken_in_parts_that_fit(fresh: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_taken_in_parts_that_fit(fresh: Any, texts: Any) -> None:
     whole, parted = fresh(), fresh()
     expected = train(whole, texts, settings(dropout=0.0))
-    monkeypatch.setattr(module, "TOKENS_PER_PASS", 16)
-    found = train(parted, texts, settings(dropout=0.0))
+    sizes: set[int] = set()
+
+    def note(model: Any, _: Any, given: dict[str, torch.Tensor]) -> None:
+        if model.training:
+            sizes.add(given["input_ids"].numel())
+
+    parted.register_forward_pre_hook(note, with_kwargs=True)
+    found = train(parted, texts, settings(dropout=0.0), tokens_per_pass=16)
+    assert sizes == {16}
     assert found.train == pytest.approx(expected.train, rel=1e-5)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(parted)[name], tensor, atol=1e-4, rtol=1e-3)
