@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from latency_tables import made_up_table
-from rich.console import Console
+from printed import printed
 
 from ffgym.costs.latency_report import layout, rows
 from ffgym.costs.latency_table import Serving
@@ -24,9 +23,7 @@ def test_every_size_has_its_time_and_its_cost():
 
 def test_the_terminal_says_where_it_is_from():
     table = made_up_table(tiny_model("llama"))
-    console = Console(file=io.StringIO(), width=200)
-    console.print(layout(table, Path("somewhere/table.json")))
-    text = console.file.getvalue()
+    text = printed(layout(table, Path("somewhere/table.json")))
     for part in ("made up, 1 thread, float32", "50.000 ms", table.digest[:12], "somewhere/table.json", " range "):
         assert part in text
     heads = [column.head for column in layout(table.model_copy(update={"repetitions": 4}), Path()).columns]

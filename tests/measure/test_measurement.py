@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 
-from rich.console import Console
+from printed import printed
 
 from ffgym.costs.timing import Spread
 from ffgym.measure.memory import Memory
@@ -66,10 +65,7 @@ FOUND = Measurement(
 
 
 def rendered(found=FOUND, width=100):
-    console = Console(file=io.StringIO(), width=width)
-    for table in found.tables():
-        console.print(table)
-    return console.file.getvalue()
+    return printed(*found.tables(), width=width)
 
 
 def test_sizes_stand_side_by_side():

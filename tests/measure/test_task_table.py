@@ -1,8 +1,7 @@
-import io
 import json
 import math
 
-from rich.console import Console
+from printed import printed
 
 from ffgym.measure.task_definitions import PAPER_TASKS, LoadedTask, TaskSet
 from ffgym.measure.task_table import TaskTable, as_dict
@@ -26,9 +25,7 @@ def scores(name: str, *results: TaskResult) -> ModelScores:
 
 
 def rendered(table: TaskTable, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table.layout())
-    return console.file.getvalue()
+    return printed(table.layout(), width=width)
 
 
 TWO = TaskTable(

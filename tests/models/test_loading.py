@@ -374,9 +374,7 @@ def test_old_rotary_buffers_and_foreign_towers_are_ignored(checkpoint):
 
 
 def test_code_in_a_checkpoint_is_never_run(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    (checkpoint / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": auto_map}))
+    edit(checkpoint, model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
     (checkpoint / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(ModelError, match="never run"):
         load(str(checkpoint), device="cpu")
@@ -563,9 +561,7 @@ def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack
 
 
 def test_what_config_json_says_about_results_does_not_matter(checkpoint):
-    config = json.loads((checkpoint / "config.json").read_text())
-    changed = config | {"return_dict": False, "output_attentions": True}
-    (checkpoint / "config.json").write_text(json.dumps(changed))
+    edit(checkpoint, return_dict=False, output_attentions=True)
     model = load(str(checkpoint), dtype="float32", device="cpu").model
     with torch.no_grad():
         output = model(torch.tensor([[5, 6]]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import replace
@@ -14,6 +13,7 @@ import pytest
 import tomli_w
 from glass_runs import FILES, NO_MODEL, PER_UPDATE, bench_file, glass_config, glass_tables, go, stages_are_announced
 from mlflow_store import client, new_store
+from printed import printed
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -132,9 +132,7 @@ def test_the_point_in_the_middle_gets_the_table_and_the_model_of_a_run_at_that_t
 
 
 def test_it_is_printed_with_every_point(finished: Any) -> None:
-    console = Console(file=io.StringIO(), width=200)
-    finished[1].print(console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(finished[1])
     for part in (*(f"{target:.1%}" for target in TARGETS), "One policy for all points", "reinforce + ridge"):
         assert part in text
     data = finished[1].to_json()
@@ -197,8 +195,7 @@ def test_save_all_saves_one_for_every_point(tmp_path: Path) -> None:
     front, table = ((result.folder / name).read_text() for name in ("front.md", "report.md"))
     shown_in_a_notebook = [result.front._repr_markdown_(), result._repr_markdown_(), finished._repr_markdown_()]
     assert shown_in_a_notebook == [front, f"{front}\n{table}", f"{front}\n{table}"]
-    finished.print(Console(file=(shown := io.StringIO())))
-    assert "One policy for all points" in " ".join(shown.getvalue().split())
+    assert "One policy for all points" in printed(finished)
     assert not (result.folder / "model").exists()
     again, _ = go(ranged(tmp_path, prune={"front_points": 2}, output={"save_model": False, "overwrite": True}))
     assert not list(again.folder.glob("model*")), "--overwrite cleared what the first run wrote, and nothing was saved"

@@ -36,6 +36,7 @@ from glass_runs import (
     untimed,
 )
 from mlflow_store import client, new_store, runs
+from printed import printed
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -197,9 +198,7 @@ def test_episodes_are_logged_with_their_tokens(finished: Finished) -> None:
 
 
 def test_the_result_is_printed_with_the_line_that_loads_the_model(finished: Finished) -> None:
-    console = Console(file=io.StringIO(), width=300)
-    finished.result.print(console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(finished.result)
     assert "uniform + ridge" in text
     assert f"Saved: {finished.result.table.saved.label}\n" in text
     assert f"from_pretrained('{finished.folder / 'model'}', trust_remote_code=True)" in text
@@ -482,9 +481,7 @@ def test_a_uniform_run_ends_in_a_stock_checkpoint(finished_with: Callable[..., F
     assert config["model_type"] == "llama"
     assert "auto_map" not in config
     assert not list((one.folder / "model").glob("*.py"))
-    console = Console(file=io.StringIO(), width=300)
-    one.result.print(console)
-    assert f"from_pretrained('{one.folder / 'model'}')" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"from_pretrained('{one.folder / 'model'}')" in printed(one.result)
     assert "trust_remote_code" not in (one.folder / "model" / "README.md").read_text()
 
 

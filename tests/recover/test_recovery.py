@@ -26,6 +26,7 @@ from glass_runs import (
     stopping,
 )
 from mlflow_store import client, new_store, runs
+from printed import printed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -178,9 +179,7 @@ def test_the_curve_is_in_mlflow_in_json_and_in_the_result(finished: tuple[Path, 
 
 
 def test_the_result_is_printed_and_plain_data(finished: tuple[Path, RecoveredModel]) -> None:
-    console = Console(file=io.StringIO(), width=300)
-    finished[1].print(console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed(finished[1])
     for part in ("before", "lora", "±", "nats against", "trust_remote_code=True", str(finished[1].mlflow_run)):
         assert part in text
     assert "| nats against before |" in finished[1].table.layout().markdown(), "a console breaks this head in two"
@@ -203,9 +202,7 @@ def test_a_stock_model_stays_one_that_needs_no_trust(tmp_path: Path) -> None:
     place = result.saved.path
     assert json.loads((place / "config.json").read_text())["model_type"] == "llama"
     assert not (place / "modeling_ffgym.py").exists()
-    console = Console(file=io.StringIO(), width=300)
-    result.print(console)
-    for text in (console.file.getvalue(), (place / "README.md").read_text()):  # type: ignore[attr-defined]
+    for text in (printed(result), (place / "README.md").read_text()):
         assert "from_pretrained" in text
         assert "trust_remote_code" not in text
 

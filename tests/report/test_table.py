@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from printed import printed
 from rich.console import Console
 from table_costs import table_costs
 
@@ -19,9 +20,7 @@ def row(label: str, perplexity: float, sparsity: float = 0.2, **kwargs) -> Row:
 
 
 def rendered(table: ReportTable, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(table.layout())
-    return console.file.getvalue()
+    return printed(table.layout(), width=width)
 
 
 TABLE = ReportTable(
