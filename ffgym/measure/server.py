@@ -95,7 +95,8 @@ def running(server: Server, log: Path) -> Iterator[Running]:
     changes = {"HF_HUB_OFFLINE": "1", **server.environment}
     name = f"ffgym-{secrets.token_hex(4)}"
     command = (*server.command, server.name_option, name, "--host", HOST, "--port", str(port))
-    by_hand = ["env", *(f"-u{key}" if value is None else f"{key}={value}" for key, value in changes.items())]
+    unset = [f"-u{key}" for key, value in changes.items() if value is None]  # env takes its options first
+    by_hand = ["env", *unset, *(f"{key}={value}" for key, value in changes.items() if value is not None)]
     process: subprocess.Popen[bytes] | None = None
     try:
         # In a process group of its own: Ctrl-C reaches only this process, which then ends the whole group.
