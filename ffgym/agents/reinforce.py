@@ -13,9 +13,10 @@ A gradient has two parts, as in a stochastic computation graph. Where the reward
 far less noisy. So ``slope_share`` of the tokens follows slopes first, one episode an update, as `pathwise` does. A
 sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
 function. Its slope is an estimate of what its last unit is worth, so the other tokens try those whose last unit seems
-to be worth the least (`ffgym.agents.coarse`). Where all seem to be worth keeping, where none is coarse, and over a
-range of budgets, all tokens follow slopes. A reward that weighs several things has no slopes that lead where it rises:
-all tokens explore.
+to be worth the least (`ffgym.agents.coarse`). With ``units = "slopes"`` they are tried while slopes are followed, to
+the end, and the slopes with and without each of them tell (`ffgym.agents.sampled`). Where all seem to be worth keeping,
+where none is coarse, and over a range of budgets, all tokens follow slopes. A reward that weighs several things has no
+slopes that lead where it rises: all tokens explore.
 
 Over a range of budgets mu is a line in p (`ffgym.agents.line`). It starts from the prior's allocations at the two
 ends; every update is measured at one p and moves the line so that mu(p) makes the whole step.
@@ -29,7 +30,7 @@ et al. 2014, arXiv 1106.4487); antithetic pairs, Salimans et al. 2017 (arXiv 170
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -39,9 +40,11 @@ from ffgym.agents.coarse import UnitTrial, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.line import AT_ALL, line_at, line_from, line_through, shares_of_step
 from ffgym.agents.pathwise import SlopeDescent
+from ffgym.agents.sampled import SampledUnits
 from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
 GREATEST_ADVANTAGE = 2.0
+SAMPLED_FROM = (0.2, 0.6)  # shares of the tokens after which units begin to be tried by slopes, each time others
 EXPLORING = "used only where all tokens explore: slope_share = 0, or a reward or environment without slopes"
 
 
@@ -54,6 +57,11 @@ class ReinforceConfig(PluginConfig):
         le=1,
         description="share of the tokens that follows slopes, if there are any and they lead where the reward rises; "
         "the rest tries units of sublayers with fewer than 6, or follows slopes if there are no such sublayers",
+    )
+    units: Literal["rewards", "slopes"] = Field(
+        "rewards",
+        description="what tells whether units of sublayers with fewer than 6 can go: rewards of episodes with and "
+        "without them, after the slopes | slopes with and without them, with all tokens",
     )
     learning_rate: float = Field(
         1.0, gt=0, description=f"step of the mean, in units of the policy's spread times the advantage; {EXPLORING}"
@@ -96,7 +104,9 @@ class Reinforce(BatchAgent):
         self._lines: list[np.ndarray] = []
         self._measured_at: float | None = None  # the sparsity of the last update
         self._slope_share = 0.0
+        self._choose_at: tuple[float, ...] = ()
         self._trial: UnitTrial | None = None
+        self._sampled: SampledUnits | None = None
 
     @property
     def asks_slopes(self) -> bool:
@@ -111,10 +121,12 @@ class Reinforce(BatchAgent):
         """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
         task = env.unwrapped
         follows = getattr(task, "has_slopes", False) and getattr(task, "slopes_lead", True)
-        self._slope_share = self.config.slope_share if follows else 0.0
+        self._slope_share, self._choose_at = self.config.slope_share if follows else 0.0, ()
         coarse = getattr(task, "coarse", None)
         if self._slope_share and (self.budgets is not None or coarse is None or not coarse.any()):
             self._slope_share = 1.0
+        elif self._slope_share and self.config.units == "slopes":
+            self._slope_share, self._choose_at = 1.0, SAMPLED_FROM
         super().learn(env, seed=seed, on_update=on_update)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -124,7 +136,9 @@ class Reinforce(BatchAgent):
         self._start_slope = self._line[1]
         self._measured_at = None
         self._lines = []
-        self._trial = None
+        self._trial = self._sampled = None
+        self._coarse = np.zeros(dimensions, bool) if self.coarse is None else self.coarse
+        self._was_tried = np.zeros(dimensions, bool)
         self.slope_episodes = 0
         self._shifts: list[np.ndarray] = []
         self._slopes: list[np.ndarray] = []
@@ -137,9 +151,13 @@ class Reinforce(BatchAgent):
         """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1]."""
         if self.slope_episodes and self.progress >= self._slope_share:
             self._end_of_slopes()
+        elif self._slopes and self._choose_at and self.progress >= self._choose_at[0]:
+            self._choose_at = self._choose_at[1:]
+            self._choose_units()
         mean = self._mean(float(observations[0][0]))
         if self.progress < self._slope_share:
             self.slope_episodes = 1
+            mean = mean if self._sampled is None else self._sampled.draw(mean, self._rng)
             actions = mean[None]
         else:
             pairs = (self._batch + 1) // 2
@@ -166,6 +184,9 @@ class Reinforce(BatchAgent):
             step = -self._descent.step(self._slope)
             if kept is not None and self.units is not None:
                 self._shifts.append(projection_shift(actions[0], kept[0], self.units))
+                if self._sampled is not None:
+                    self._sampled.add(self._slope, kept[0])
+                    step = step + np.where(self._coarse, 0.0, 2 * self._shifts[-1])
         else:
             step = self._natural_gradient(rewards, kept)
         self._measured_at = sparsity
@@ -182,6 +203,10 @@ class Reinforce(BatchAgent):
         if self._line is None:
             return []
         lines = [self._settled()]
+        if self._sampled is not None:
+            mean = self._averaged()
+            whole = np.where(self._coarse, self._whole, mean)
+            lines += [np.outer(AT_ALL, each) for each in (self._sampled.settled(mean, errors=1.0), whole)]
         if self._trial is not None:
             lines += [np.outer(AT_ALL, self._trial.on_levels(errors=1.0)), self._line]
         means = (line_at(line, float(observation[0])) for line in lines)
@@ -220,6 +245,22 @@ class Reinforce(BatchAgent):
         mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)
         self._trial = UnitTrial(worth, mean, self.units)
 
+    def _choose_units(self) -> None:
+        """Go on from where the slopes led, on average, and try units of coarse sublayers that were not tried yet."""
+        assert self.units is not None, "the environment says which are coarse by it"
+        mean = self._averaged()
+        if self._sampled is None:
+            # Importances that say what is kept, without the shift that the projection would add.
+            mean = np.clip(mean + 2 * tail_mean(self._shifts, self.config.average), -1.0, 1.0)
+            self._levels = np.rint((mean + 1) / 2 * self.units)
+            self._whole = 2 * self._levels / self.units - 1
+        else:
+            self._levels = self._levels - self._sampled.gone()
+        may_go = self._coarse & ~self._was_tried & (self._slope != 0)  # 0 where the budget holds the last unit by now
+        self._sampled = SampledUnits(self._coarse, self._levels, self.units, may_go, np.array(self._slopes))
+        self._was_tried |= self._sampled.tried
+        self._line, self._lines = np.outer(AT_ALL, mean), []
+
     def _natural_gradient(self, rewards: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
         """The natural gradient, estimated from the pairs of an update, shape (2L,)."""
         advantages = pair_advantages(rewards)
@@ -245,7 +286,15 @@ class Reinforce(BatchAgent):
         assert self._line is not None, "begin comes first"
         if self._trial is not None:
             return np.outer(AT_ALL, self._trial.on_levels())
+        if self._sampled is not None:
+            return np.outer(AT_ALL, self._sampled.settled(self._averaged()))
         return tail_mean(self._lines, self.config.average) if self._lines else self._line
+
+    def _averaged(self) -> np.ndarray:
+        """The mean at the last update's sparsity, averaged over the last updates, shape (2L,)."""
+        assert self._line is not None, "begin comes first"
+        assert self._measured_at is not None, "slopes were measured"
+        return line_at(tail_mean(self._lines or [self._line], self.config.average), self._measured_at)
 
     def _prior(self, dimensions: int) -> np.ndarray:
         """The line through the prior at the ends of a range, or the prior at every sparsity."""

@@ -72,13 +72,14 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
 
 
 def slope_share(config: RunConfig, agent: Agent, shape: ModelShape) -> float:
-    """Share of a search's tokens that an agent spends on slopes; half where it also tries units of coarse sublayers."""
+    """Share of a search's tokens that an agent spends on slopes; half where rewards tell of coarse sublayers."""
     if agent.slope_episodes or not agent.asks_slopes:
         return float(agent.asks_slopes)
     if make_reward(config).falls_with is None or config.prune.uniform or shape.has_experts:
         return 0.0
     is_coarse = any(sublayer.units < FEWEST for sublayer in shape.sublayers)
-    return 0.5 if is_coarse and not config.prune.is_range else 1.0
+    by_rewards = config.agent.options.get("units", "rewards") == "rewards"
+    return 0.5 if is_coarse and by_rewards and not config.prune.is_range else 1.0
 
 
 def _parts(config: RunConfig, agent: Agent, sloped: float, *, compared: bool) -> tuple[tuple[float, int], ...]:

@@ -25,6 +25,7 @@ from ffgym.types import Allocation, Kind, Sublayer
 
 LEAST_LEVELS = 48  # that an MLP has to choose from when its widths are aligned for fast kernels
 REACH = 1 / 12  # share of a sublayer's units on either side of its level over which slopes are averaged, at least one
+AT_LEVEL = 0.1  # units by which an importance may exceed a level and still be at it
 FEWEST = 6  # units of a sublayer that slopes can lead; 3 were too few (docs/experiments.md), 9 were not
 
 
@@ -72,9 +73,9 @@ def aligned_levels(sublayer: Sublayer, levels: Iterable[int], *, least: int, ali
 
 
 def within_reach(units: int, level: int) -> range:
-    """The units whose slopes tell how good a level is: those within ``REACH`` of it, or the last one kept of a few."""
-    below = max(1, int(units * REACH))
-    return range(max(0, level - below), min(units, level + (below if units >= FEWEST else 0)))
+    """The units whose slopes tell how good a level is: those within ``REACH`` of it, of a few those beside it."""
+    reach = max(1, int(units * REACH))
+    return range(max(0, level - reach), min(units, level + reach))
 
 
 class Budget:
@@ -225,8 +226,9 @@ class Budget:
         sublayer that is whole or gone moves only if its ratio lies within ``REACH`` of that end.
 
         Where a sublayer has but a few units (`coarse`), a derivative says little of so large a step. What is returned
-        for it is the first-order estimate for its last unit, by importance: above 0, the loss falls when that unit goes
-        and the others share what it cost.
+        for it is the first-order estimate for one unit, by importance: above 0, the loss falls when that unit goes, or
+        stays away, and the others share what it costs. It is the unit that the importance lies in: with an importance
+        of 2.3 or 2.7 units the third one, with 2 the second.
 
         Args:
             importance: what was projected, shape (2L,).
@@ -236,7 +238,7 @@ class Budget:
 
         Returns:
             shape (2L,), float64, nats per token and importance; 0 where the sublayer costs nothing, or is coarse and
-            keeps no more than it has to.
+            has to keep that unit, or is not near it.
 
         Raises:
             BudgetError: there are no slopes; see `has_slopes`.
@@ -255,8 +257,12 @@ class Budget:
         levels, coarse = np.asarray(kept), self.coarse
         ratio = (np.clip(np.asarray(importance, dtype=np.float64), -1.0, 1.0) + 1.0) / 2.0
         value, cost = np.zeros(len(units)), np.zeros(len(units))
+        own = np.clip(np.ceil(ratio * units - AT_LEVEL) - 1, 0, None).astype(int)  # the unit that an importance lies in
         for i, (slopes, table) in enumerate(zip(unit_slopes, self._tables, strict=True)):
-            if near := within_reach(units[i], levels[i]):
+            near = within_reach(units[i], levels[i])
+            if coarse[i]:
+                near = near[near.index(own[i]) :][:1] if own[i] in near else range(0)
+            if near:
                 value[i] = units[i] * float(np.mean(slopes[near.start : near.stop]))
                 cost[i] = units[i] * float(table[near.stop] - table[near.start]) / len(near)
         inside = ~coarse & (cost > 0) & (levels > 0) & (levels < units)
@@ -265,8 +271,8 @@ class Budget:
         if not moves.any():
             return np.zeros(len(units))
         price = value[moves].sum() / cost[moves].sum()
-        may_lose_one = coarse & (cost > 0) & (levels > [ladder.units[0] for ladder in self._ladders])
-        return np.asarray(np.where(moves | may_lose_one, (value - cost * price) / 2.0, 0.0))
+        may_go = coarse & (cost > 0) & (own >= [ladder.units[0] for ladder in self._ladders])
+        return np.asarray(np.where(moves | may_go, (value - cost * price) / 2.0, 0.0))
 
     def _limit(self, sparsity: float) -> float:
         """What an allocation may cost."""

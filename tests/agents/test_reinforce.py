@@ -9,6 +9,7 @@ from ffgym.agents.coarse import UnitTrial
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce, pair_advantages
+from ffgym.agents.sampled import SampledUnits
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv, RuggedEnv, SeparableEnv
 
@@ -23,6 +24,11 @@ class TestReinforce(AgentConformance):
 class TestReinforceWithoutSlopes(AgentConformance):
     def make(self):
         return Reinforce(Reinforce.Config(average=0.0))
+
+
+class TestReinforceThatTriesUnitsBySlopes(AgentConformance):
+    def make(self):
+        return Reinforce(Reinforce.Config(units="slopes"))
 
 
 class TestRandomSearch(AgentConformance):
@@ -204,6 +210,56 @@ def test_follows_slopes_to_the_end_where_every_unit_seems_to_be_worth_keeping():
     sizes, _, agent = coarse_search(env)
     assert sizes == [1] * 64
     assert len(agent.recommend(OBSERVATION)) == 1
+
+
+class SidedEnv(CoarseEnv):
+    """What a unit is worth is the mean of two slopes: while it is there it promises too much of going, then too little.
+
+    So while all are there, all but 2 seem to be worth nothing.
+    """
+
+    WORTH = np.array([0.03, -0.04, 0.06, -0.05, 0.04, -0.03])
+
+    def _slopes(self, offsets):
+        slopes = super()._slopes(offsets)
+        is_there = self.kept(offsets + self.optimum)[:, self.coarse] == 3
+        slopes[:, self.coarse] = np.where(is_there, 0.045, -0.045) - self.WORTH
+        return slopes
+
+
+def test_slopes_with_and_without_a_unit_tell_whether_it_can_go():
+    """Two are tried at a time, those that promise most: 1 and 3, then 5 and 0, of which 0 stays."""
+    env = SidedEnv(8, 12, 160, noise=0.01)
+    sizes, asked, agent = coarse_search(env, units="slopes")
+    assert sizes == [1] * 160
+    kept = env.kept(asked)[:, env.coarse]
+    assert (kept[:32] == 3).all()
+    assert np.ptp(kept[32:96], axis=0).tolist() == [0, 1, 0, 1, 0, 0]
+    assert np.ptp(kept[96:], axis=0).tolist() == [1, 0, 0, 0, 0, 1]
+    assert (kept[-20:] == [3, 2, 3, 2, 3, 2]).all(), "what is clear is no longer in doubt"
+    recommended = [env.kept(each)[env.coarse].tolist() for each in agent.recommend(OBSERVATION)]
+    assert recommended == [[3, 2, 3, 2, 3, 2], [3, 2, 3, 2, 3, 2], [3] * 6], "the finals may undo it"
+
+
+def test_slopes_of_one_side_alone_say_nothing_of_a_unit():
+    trial = SampledUnits(np.ones(3, bool), np.full(3, 3), np.full(3, 3), np.ones(3, bool), np.full((5, 3), 0.1))
+    assert trial.tried.all(), "all promise the same"
+    assert trial.clearness.tolist() == [0, 0, 0]
+    rng = np.random.default_rng(0)
+    drawn = np.rint((np.stack([trial.draw(np.zeros(3), rng) for _ in range(400)]) + 1) / 2 * 3)
+    assert set(drawn.ravel()) == {2, 3}
+    assert abs(drawn.mean() - 2.5) < 0.05, "a coin decides"
+
+
+def test_the_clearness_of_a_unit_is_in_standard_errors():
+    """Slopes 1 and 3 with it, -0.25 and -0.75 without it: means 2 and -0.5, standard errors 1 and 0.25."""
+    whole, ones = np.full(1, 3), np.ones(1, bool)
+    trial = SampledUnits(ones, whole, whole, ones, np.array([[1.0], [3.0]]))
+    for slope in (-0.25, -0.75):
+        trial.add(np.full(1, slope), whole - 1)
+    np.testing.assert_allclose(trial.clearness, (2 - 0.5) / np.hypot(1, 0.25))
+    assert trial.gone().tolist() == [True]
+    assert trial.gone(errors=1.5).tolist() == [False]
 
 
 def test_a_unit_whose_worth_is_clear_is_no_longer_tried():

@@ -458,7 +458,18 @@ class TestImportanceSlopes:
         group = ATTENTION.unit_params
         np.testing.assert_allclose(found[[0, 2]], 4 * np.array([-1.0 - price * group, -40.0 - price * group]) / 2)
 
-    @pytest.mark.parametrize(("units", "level", "near"), [(5, 3, [2]), (6, 3, [2, 3]), (9, 9, [8]), (9, 0, [0])])
+    @pytest.mark.parametrize(
+        ("importance", "level", "unit"),
+        [(0.0, 2, 1), (-0.1, 2, 1), (0.1, 2, 2), (0.4, 3, 2), (0.4, 2, 2), (0.4, 1, None)],
+    )
+    def test_a_coarse_one_speaks_of_the_unit_that_its_importance_lies_in(self, importance, level, unit):
+        """Of four units, -0.1 is 1.8, 0 is 2, 0.1 is 2.2 and 0.4 is 2.8 units; only units beside the level count."""
+        sublayers = model_of(1, mlp=replace(MLP, units=1000))
+        slopes = [np.array([-1.0, -2.0, -4.0, -8.0]), np.zeros(1000)]
+        found = Budget(sublayers).importance_slopes(np.array([importance, 0.0]), (level, 500), slopes)
+        assert found[0] == (0 if unit is None else 4 * slopes[0][unit] / 2)
+
+    @pytest.mark.parametrize(("units", "level", "near"), [(5, 3, [2, 3]), (6, 3, [2, 3]), (9, 9, [8]), (9, 0, [0])])
     def test_of_few_units_those_beside_the_level_count(self, units, level, near):
         assert list(within_reach(units, level)) == near
 
@@ -493,7 +504,7 @@ class TestImportanceSlopes:
         sublayers = model_of(2, mlp=replace(MLP, units=1000))
         slopes = [np.full(s.units, 1.0) for s in sublayers]
         kept = (1, 500, 2, 500)
-        found = Budget(sublayers).importance_slopes(np.zeros(4), kept, slopes)
+        found = Budget(sublayers).importance_slopes(np.array([-0.5, 0.0, 0.0, 0.0]), kept, slopes)
         assert (found[[0, 2]] != 0).tolist() == [False, True]
 
     def test_where_nothing_fine_costs_anything_there_are_none(self):
