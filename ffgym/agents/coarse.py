@@ -33,9 +33,7 @@ class UnitTrial:
     """
 
     def __init__(self, worth: np.ndarray, mean: np.ndarray, units: np.ndarray) -> None:
-        gains = worth * 2 / units
-        count = max(1, round(TRIED_SHARE * int((worth != 0).sum())))
-        tried = (gains > 0) & (gains >= np.sort(gains)[-count])
+        tried = most_promising(worth * 2 / units, int((worth != 0).sum()))
         level = np.rint((mean + 1) / 2 * units)
         self.steps = np.where(tried, 1 / units, 0.0)
         self.start = np.where(tried, 2 * level / units - 1 - self.steps, mean)
@@ -70,6 +68,12 @@ class UnitTrial:
 
     def _place(self) -> np.ndarray:
         return np.asarray(self.steps * self._sums / np.sqrt(np.maximum(self._pairs, 1)) / CLEAR)
+
+
+def most_promising(gains: np.ndarray, candidates: int) -> np.ndarray:
+    """The sublayers to try, of so many that could be: the third with the highest gains above 0, shape (2L,), bool."""
+    count = max(1, round(TRIED_SHARE * candidates))
+    return np.asarray((gains > 0) & (gains >= np.sort(gains)[-count]))
 
 
 def projection_shift(importance: np.ndarray, kept: np.ndarray, units: np.ndarray) -> np.ndarray:

@@ -148,7 +148,10 @@ class Reinforce(BatchAgent):
         self._root = self.config.spread * square_root(depth_covariance(dimensions, smooth=self.config.smooth))
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
-        """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1]."""
+        """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1].
+
+        Where slopes tell of units, the mean with or without each of those that are tried.
+        """
         if self.slope_episodes and self.progress >= self._slope_share:
             self._end_of_slopes()
         elif self._slopes and self._choose_at and self.progress >= self._choose_at[0]:
@@ -237,21 +240,15 @@ class Reinforce(BatchAgent):
             self._slope_share = 1.0
             return
         self.slope_episodes = 0
-        self._line = self._settled()
-        # Importances that say what is kept, without the shift that the projection would add.
         assert self.units is not None, "the environment says which are coarse by it"
-        assert self._measured_at is not None, "slopes were measured"
-        moved = 2 * tail_mean(self._shifts, self.config.average)
-        mean = np.clip(self._mean(self._measured_at) + moved, -1.0, 1.0)
-        self._trial = UnitTrial(worth, mean, self.units)
+        trial = UnitTrial(worth, self._kept_on_average(), self.units)
+        self._line, self._trial = self._settled(), trial
 
     def _choose_units(self) -> None:
         """Go on from where the slopes led, on average, and try units of coarse sublayers that were not tried yet."""
         assert self.units is not None, "the environment says which are coarse by it"
-        mean = self._averaged()
+        mean = self._kept_on_average() if self._sampled is None else self._averaged()
         if self._sampled is None:
-            # Importances that say what is kept, without the shift that the projection would add.
-            mean = np.clip(mean + 2 * tail_mean(self._shifts, self.config.average), -1.0, 1.0)
             self._levels = np.rint((mean + 1) / 2 * self.units)
             self._whole = 2 * self._levels / self.units - 1
         else:
@@ -295,6 +292,11 @@ class Reinforce(BatchAgent):
         assert self._line is not None, "begin comes first"
         assert self._measured_at is not None, "slopes were measured"
         return line_at(tail_mean(self._lines or [self._line], self.config.average), self._measured_at)
+
+    def _kept_on_average(self) -> np.ndarray:
+        """The same as importances that say what is kept: with the shift that the projection would add."""
+        shift = 2 * tail_mean(self._shifts, self.config.average)
+        return np.asarray(np.clip(self._averaged() + shift, -1.0, 1.0))
 
     def _prior(self, dimensions: int) -> np.ndarray:
         """The line through the prior at the ends of a range, or the prior at every sparsity."""

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-TRIED_SHARE = 1 / 3  # of the coarse sublayers that are tried at once
+from ffgym.agents.coarse import most_promising
+
 LEAST_VARIANCE = 1e-30  # so that what never varies is clear
 INSIDE = 0.25  # units by which an importance is inside the unit that is tried, so that its slope tells of that one
 
@@ -40,8 +41,7 @@ class SampledUnits:
     ) -> None:
         self._coarse, self._levels, self._units = coarse, levels, units
         gains = np.where(may_go, slopes.mean(axis=0) * 2 / units, 0.0)
-        count = max(1, round(TRIED_SHARE * int(coarse.sum())))
-        self.tried = (gains > 0) & (gains >= np.sort(gains)[-min(count, len(gains))])
+        self.tried = most_promising(gains, int(coarse.sum()))
         # Of the slopes of both sides, with the unit and without it: numbers, sums, sums of squares; shape (3, 2, 2L).
         self._sums = np.zeros((3, 2, len(units)))
         for slope in slopes:

@@ -261,7 +261,7 @@ class Budget:
         for i, (slopes, table) in enumerate(zip(unit_slopes, self._tables, strict=True)):
             near = within_reach(units[i], levels[i])
             if coarse[i]:
-                near = near[near.index(own[i]) :][:1] if own[i] in near else range(0)
+                near = range(own[i], own[i] + 1) if own[i] in near else range(0)
             if near:
                 value[i] = units[i] * float(np.mean(slopes[near.start : near.stop]))
                 cost[i] = units[i] * float(table[near.stop] - table[near.start]) / len(near)
