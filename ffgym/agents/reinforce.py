@@ -141,6 +141,8 @@ class Reinforce(BatchAgent):
         self._was_tried = np.zeros(dimensions, bool)
         self.slope_episodes = 0
         self._shifts: list[np.ndarray] = []
+        self._rise = np.zeros(())  # what the projection adds to the mean, kept apart where slopes tell of units
+        self._rises: list[np.ndarray] = []
         self._slopes: list[np.ndarray] = []
         self._batch = batch
         self._rng = np.random.default_rng(seed)
@@ -160,7 +162,7 @@ class Reinforce(BatchAgent):
         mean = self._mean(float(observations[0][0]))
         if self.progress < self._slope_share:
             self.slope_episodes = 1
-            mean = mean if self._sampled is None else self._sampled.draw(mean, self._rng)
+            mean = mean if self._sampled is None else self._sampled.draw(mean + self._rise, self._rng)
             actions = mean[None]
         else:
             pairs = (self._batch + 1) // 2
@@ -189,7 +191,8 @@ class Reinforce(BatchAgent):
                 self._shifts.append(projection_shift(actions[0], kept[0], self.units))
                 if self._sampled is not None:
                     self._sampled.add(self._slope, kept[0])
-                    step = step + np.where(self._coarse, 0.0, 2 * self._shifts[-1])
+                    self._rise = self._rise + 2 * self._shifts[-1]
+                    self._rises.append(self._rise)
         else:
             step = self._natural_gradient(rewards, kept)
         self._measured_at = sparsity
@@ -207,9 +210,9 @@ class Reinforce(BatchAgent):
             return []
         lines = [self._settled()]
         if self._sampled is not None:
-            mean = self._averaged()
-            whole = np.where(self._coarse, self._whole, mean)
-            lines += [np.outer(AT_ALL, each) for each in (self._sampled.settled(mean, errors=1.0), whole)]
+            clearer = self._sampled.settled(self._risen(), errors=1.0)
+            whole = np.where(self._coarse, self._whole, self._averaged() + self._rise_of_whole)
+            lines += [np.outer(AT_ALL, each) for each in (clearer, whole)]
         if self._trial is not None:
             lines += [np.outer(AT_ALL, self._trial.on_levels(errors=1.0)), self._line]
         means = (line_at(line, float(observation[0])) for line in lines)
@@ -241,22 +244,23 @@ class Reinforce(BatchAgent):
             return
         self.slope_episodes = 0
         assert self.units is not None, "the environment says which are coarse by it"
-        trial = UnitTrial(worth, self._kept_on_average(), self.units)
+        self._rise = 2 * tail_mean(self._shifts, self.config.average)
+        trial = UnitTrial(worth, self._risen(), self.units)
         self._line, self._trial = self._settled(), trial
 
     def _choose_units(self) -> None:
         """Go on from where the slopes led, on average, and try units of coarse sublayers that were not tried yet."""
         assert self.units is not None, "the environment says which are coarse by it"
-        mean = self._kept_on_average() if self._sampled is None else self._averaged()
         if self._sampled is None:
-            self._levels = np.rint((mean + 1) / 2 * self.units)
+            self._rise = self._rise_of_whole = 2 * tail_mean(self._shifts, self.config.average)
+            self._levels = np.rint((self._risen() + 1) / 2 * self.units)
             self._whole = 2 * self._levels / self.units - 1
         else:
             self._levels = self._levels - self._sampled.gone()
         may_go = self._coarse & ~self._was_tried & (self._slope != 0)  # 0 where the budget holds the last unit by now
         self._sampled = SampledUnits(self._coarse, self._levels, self.units, may_go, np.array(self._slopes))
         self._was_tried |= self._sampled.tried
-        self._line, self._lines = np.outer(AT_ALL, mean), []
+        self._line, self._lines, self._rises = np.outer(AT_ALL, self._averaged()), [], []
 
     def _natural_gradient(self, rewards: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
         """The natural gradient, estimated from the pairs of an update, shape (2L,)."""
@@ -284,7 +288,7 @@ class Reinforce(BatchAgent):
         if self._trial is not None:
             return np.outer(AT_ALL, self._trial.on_levels())
         if self._sampled is not None:
-            return np.outer(AT_ALL, self._sampled.settled(self._averaged()))
+            return np.outer(AT_ALL, self._sampled.settled(self._risen()))
         return tail_mean(self._lines, self.config.average) if self._lines else self._line
 
     def _averaged(self) -> np.ndarray:
@@ -293,10 +297,10 @@ class Reinforce(BatchAgent):
         assert self._measured_at is not None, "slopes were measured"
         return line_at(tail_mean(self._lines or [self._line], self.config.average), self._measured_at)
 
-    def _kept_on_average(self) -> np.ndarray:
-        """The same as importances that say what is kept: with the shift that the projection would add."""
-        shift = 2 * tail_mean(self._shifts, self.config.average)
-        return np.asarray(np.clip(self._averaged() + shift, -1.0, 1.0))
+    def _risen(self) -> np.ndarray:
+        """The averaged mean and what the projection adds to it, averaged too; shape (2L,), within [-1, 1]."""
+        rise = tail_mean(self._rises or [self._rise], self.config.average)
+        return np.asarray(np.clip(self._averaged() + rise, -1.0, 1.0))
 
     def _prior(self, dimensions: int) -> np.ndarray:
         """The line through the prior at the ends of a range, or the prior at every sparsity."""

@@ -10,8 +10,10 @@ from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce, pair_advantages
 from ffgym.agents.sampled import SampledUnits
+from ffgym.pruning.budget import Budget
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv, RuggedEnv, SeparableEnv
+from ffgym.types import Sublayer
 
 OBSERVATION = np.array([0.2, 1.0], dtype=np.float32)
 
@@ -239,6 +241,36 @@ def test_slopes_with_and_without_a_unit_tell_whether_it_can_go():
     assert (kept[-20:] == [3, 2, 3, 2, 3, 2]).all(), "what is clear is no longer in doubt"
     recommended = [env.kept(each)[env.coarse].tolist() for each in agent.recommend(OBSERVATION)]
     assert recommended == [[3, 2, 3, 2, 3, 2], [3, 2, 3, 2, 3, 2], [3] * 6], "the finals may undo it"
+
+
+class ProjectedEnv(SidedEnv):
+    """Actions are projected on a budget, and slopes are noise: nothing is known of units, so that coins always fall."""
+
+    def __init__(self, num_envs, dimensions, tokens, **settings):
+        super().__init__(num_envs, dimensions, tokens, **settings)
+        layers = range(dimensions // 2)
+        pairs = ((Sublayer(i, "attention", 3, 64, 200), Sublayer(i, "mlp", 1000, 1, 1)) for i in layers)
+        self.budget = Budget([sublayer for pair in pairs for sublayer in pair])
+
+    def kept(self, actions):
+        return np.array([self.budget.project(action, 0.3).kept for action in actions])
+
+    def _slopes(self, offsets):
+        noise = self.np_random.choice([-1.0, 1.0], offsets.shape) * self.np_random.uniform(0.5, 1.5, offsets.shape)
+        return np.where(self.coarse, noise, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_units_cost_comes_back_with_them(seed):
+    """While units go and come, the projection gives the other sublayers more and less: of the mean nothing is lost."""
+    env = ProjectedEnv(8, 12, 160)
+    prior = env.kept(np.where(env.coarse, 1.0, [[1.0, 1.0] + 5 * [0.0, -0.2]]))[0]
+    assert prior[1] == 1000
+    agent = Reinforce(Reinforce.Config(units="slopes"))
+    agent.prior_mean = 2 * prior / env.units - 1
+    agent.learn(env, seed=seed, on_update=lambda update: None)
+    whole = env.kept(agent.recommend(OBSERVATION)[2:])[0]
+    np.testing.assert_allclose(whole, prior, atol=1)
 
 
 def test_slopes_of_one_side_alone_say_nothing_of_a_unit():
