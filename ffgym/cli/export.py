@@ -63,8 +63,8 @@ def export(
         files = refresh(folder)
         if as_json:
             print_json({"files": files})
-        for path in [] if as_json else files:
-            typer.echo(f"wrote {path}")
+        else:
+            typer.echo("\n".join(f"wrote {path}" for path in files) or "its class file and config are up to date")
         return
     target = output or gguf
     if target is None or (output and gguf) or (gguf and name != "gguf"):

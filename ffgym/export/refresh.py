@@ -25,7 +25,7 @@ def refresh(folder: Path) -> list[Path]:
         folder: the model's; or a run's, whose model is meant.
 
     Returns:
-        the files that were written.
+        the files that were written: those that were not of today.
 
     Raises:
         ModelError: no model, none with layers of different sizes, of a family that is not there, or a damaged config.
@@ -42,17 +42,23 @@ def refresh(folder: Path) -> list[Path]:
     check_architecture(config)
     with tempfile.TemporaryDirectory() as scratch:
         renewed = _renewed(place, Path(scratch))
-        check_writable(place / "config.json", COPY)
-        for made in reversed(renewed):  # the class file first: config.json names classes in it
+        old = [made for made in renewed if not _is_same(place / made.name, made)]
+        if old:
+            check_writable(place / "config.json", COPY)
+        for made in reversed(old):  # the class file first: config.json names classes in it
             write_text(place / made.name, made.read_text(encoding="utf-8"))
-        return [place / made.name for made in renewed]
+        return [place / made.name for made in old]
 
 
 def is_current(folder: Path) -> bool:
     """Whether the class file beside the weights of a saved model is the one that this ffgym writes, byte for byte."""
     with tempfile.TemporaryDirectory() as scratch:
-        code = [(folder / made.name, made) for made in _renewed(folder, Path(scratch)) if made.suffix == ".py"]
-        return all(there.is_file() and there.read_bytes() == made.read_bytes() for there, made in code)
+        code = [made for made in _renewed(folder, Path(scratch)) if made.suffix == ".py"]
+        return all(_is_same(folder / made.name, made) for made in code)
+
+
+def _is_same(there: Path, made: Path) -> bool:
+    return there.is_file() and there.read_bytes() == made.read_bytes()
 
 
 def _renewed(folder: Path, scratch: Path) -> list[Path]:

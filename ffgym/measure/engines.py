@@ -160,10 +160,9 @@ def _probed(python: str, unset: tuple[str, ...]) -> list[str]:
     """Name and version of a Python's vLLM, and the GPU that it sees, ``"None"`` for none."""
     done = _run(python, "-c", VLLM_PROBE, unset=unset)
     if isinstance(done, OSError):
-        example = Path(python, "bin/python") if Path(python).is_dir() else "vllm/bin/python"
         raise ModelError(
             f"VLLM_PYTHON names {python}, which is no program",
-            hint=f"Name the Python that has vLLM (see docs/serving.md), e.g. VLLM_PYTHON={example}.",
+            hint="Name the Python that has vLLM (see docs/serving.md), e.g. VLLM_PYTHON=vllm/bin/python.",
         ) from done
     lines = done.stdout.strip().splitlines() or [f"it ended with status {done.returncode}"]
     if done.returncode == 0:

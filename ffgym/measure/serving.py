@@ -151,6 +151,7 @@ def measure_serving(
     pruned = model_folder(folder)
     source = dense_model(pruned, dense)
     dense_folder = _dense_folder(source)
+    prompts = prompt_maker(load_tokenizer(pruned))
     context, has_class_file = _checked(dense_folder, pruned, max(prompt_lengths), output_tokens)
     dtype = weights_on_disk(pruned)[1] if dtype == "auto" else dtype
     check_dtype(dtype)
@@ -177,7 +178,7 @@ def measure_serving(
             found = serve_in_turn(
                 fleet.servers,
                 workloads,
-                prompt_maker(load_tokenizer(pruned)),
+                prompts,
                 setting,
                 together=together,
                 on_started=stage.restart,

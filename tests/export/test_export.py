@@ -534,6 +534,7 @@ class TestRefresh:
         assert (old / "model.safetensors").read_bytes() == weights
         for path in written:
             assert path.read_text() == (saved.root / "models" / name / path.name).read_text()
+        assert refresh(old) == [], "all is of today by now"
 
     @pytest.mark.usefixtures("read_only_disk")
     def test_a_folder_that_may_not_be_written_to_has_to_be_copied(self, old):

@@ -276,11 +276,20 @@ def test_engines_that_are_not_installed_name_what_to_install(
 
 
 def test_a_variable_that_names_no_program_is_named(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for given, example in {sys.prefix: f"{sys.prefix}/bin/python", "/no/such/python": "vllm/bin/python"}.items():
+    for given in (sys.prefix, "/no/such/python"):
         monkeypatch.setenv("VLLM_PYTHON", given)
         error = refused(pruned)
         assert error.message == f"VLLM_PYTHON names {given}, which is no program"
-        assert f"VLLM_PYTHON={example}." in str(error.hint)
+        assert "VLLM_PYTHON=vllm/bin/python." in str(error.hint)
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_an_engine_is_asked(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
+    without = tmp_path / "model"
+    shutil.copytree(pruned, without, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "holds no tokenizer" in refused(without).message
 
 
 @pytest.mark.parametrize(
