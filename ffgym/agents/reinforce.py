@@ -204,15 +204,15 @@ class Reinforce(BatchAgent):
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The policy's mean, averaged over the last updates.
 
-        Where units were tried: without all those that the evidence is against, those that it is clearer against, none.
+        Where units were tried: without all that the evidence is against, without those that it is clearer against, and
+        with all of them (by slopes: as it was when the first were tried).
         """
         if self._line is None:
             return []
         lines = [self._settled()]
         if self._sampled is not None:
             clearer = self._sampled.settled(self._risen(), errors=1.0)
-            whole = np.where(self._coarse, self._whole, self._averaged() + self._rise_of_whole)
-            lines += [np.outer(AT_ALL, each) for each in (clearer, whole)]
+            lines += [np.outer(AT_ALL, each) for each in (clearer, self._whole)]
         if self._trial is not None:
             lines += [np.outer(AT_ALL, self._trial.on_levels(errors=1.0)), self._line]
         means = (line_at(line, float(observation[0])) for line in lines)
@@ -252,9 +252,9 @@ class Reinforce(BatchAgent):
         """Go on from where the slopes led, on average, and try units of coarse sublayers that were not tried yet."""
         assert self.units is not None, "the environment says which are coarse by it"
         if self._sampled is None:
-            self._rise = self._rise_of_whole = 2 * tail_mean(self._shifts, self.config.average)
-            self._levels = np.rint((self._risen() + 1) / 2 * self.units)
-            self._whole = 2 * self._levels / self.units - 1
+            self._rise = 2 * tail_mean(self._shifts, self.config.average)
+            self._whole = self._risen()
+            self._levels = np.rint((self._whole + 1) / 2 * self.units)
         else:
             self._levels = self._levels - self._sampled.gone()
         may_go = self._coarse & ~self._was_tried & (self._slope != 0)  # 0 where the budget holds the last unit by now
