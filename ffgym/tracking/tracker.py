@@ -9,6 +9,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +47,7 @@ from ffgym.version import __version__
 RETRY_SECONDS = 60  # after which a store that took nothing is tried again
 
 
+@dataclass(eq=False)
 class Tracker:
     """Writes one run into the MLflow store; as a context manager it also says how the run ended.
 
@@ -73,37 +75,26 @@ class Tracker:
         OutputError: from every method, where ``unsent`` cannot be written either.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        experiment: str,
-        run_name: str,
-        enabled: bool = True,
-        *,
-        unsent: Path | None = None,
-        parent: str | None = None,
-        resume: str | None = None,
-        command: str = "ffgym",
-        again: str = "",
-        can_go_on: Callable[[], bool] = lambda: True,
-        notify: Notify = print,
-    ) -> None:
+    root: Path
+    experiment: str
+    run_name: str
+    enabled: bool = True
+    _: KW_ONLY
+    unsent: Path | None = None
+    parent: str | None = None
+    resume: str | None = None
+    command: str = "ffgym"
+    again: str = ""
+    can_go_on: Callable[[], bool] = lambda: True
+    notify: Notify = print
+
+    def __post_init__(self) -> None:
         self.run_id: str | None = None
-        self._root = root
-        self._experiment = experiment
-        self._run_name = run_name
-        self._enabled = enabled
-        self._unsent = unsent or root
+        self._unsent = self.unsent or self.root
         self._had_folder = False
-        self._parent = parent
-        self._resume = resume
-        self._command = command
-        self._again = again
-        self._can_go_on = can_go_on
-        self._notify = notify
         self._earlier: set[tuple[str, str, int]] = set()  # points that earlier sessions logged
-        self._uri = tracking_uri(root) if enabled else ""
-        self._is_own = enabled and self._uri == own_uri(root)
+        self._uri = tracking_uri(self.root) if self.enabled else ""
+        self._is_own = self.enabled and self._uri == own_uri(self.root)
         self._client: Any = None
         self._params: dict[str, str] = {}
         self._still: dict[str, list[tuple[str, float, int]]] = {}  # of each curve that has not moved yet; else empty
@@ -114,7 +105,7 @@ class Tracker:
         self._retry_at: float | None = None  # when a store that took nothing is tried again
 
     def __enter__(self) -> Self:
-        if self._enabled:
+        if self.enabled:
             try:
                 self._open()
             except KeyboardInterrupt:
@@ -136,9 +127,9 @@ class Tracker:
             with contextlib.suppress(OutputError):
                 self._end_early(error)
         if self._outbox is not None and len(self._outbox):
-            store = ["--root", str(self._root)] if self._is_own else []
+            store = ["--root", str(self.root)] if self._is_own else []
             command = shlex.join(["ffgym", "sync", str(self._outbox.folder), *store])
-            self._notify(f"{len(self._outbox)} records of the MLflow run are still to be sent: {command}")
+            self.notify(f"{len(self._outbox)} records of the MLflow run are still to be sent: {command}")
 
     def log_config(self, config: Mapping[str, Any], toml: str) -> None:
         """Log the resolved configuration: what decides the run as parameters, and the whole TOML as an artifact.
@@ -208,7 +199,7 @@ class Tracker:
     def log_child(self, name: str, params: Mapping[str, str], result: Result) -> None:
         """Log a point of a range as a finished run of its own, nested under this one; at most once."""
         points = _points((key, value, 0) for key, value in result.metrics.items())
-        name, tags = f"{self._run_name}: {name}", self._source()
+        name, tags = f"{self.run_name}: {name}", self._source()
         self._write("child", name=name, params=dict(params), tags=tags, metrics=points)
 
     def log_artifact(self, path: Path) -> None:
@@ -233,12 +224,12 @@ class Tracker:
         """Open the store and begin the run."""
         with translated(self._uri, "open the MLflow store"), uninterrupted(self._uri):
             if self._is_own:
-                make_store(self._root, self._notify)
-                adopt(self._root)  # a write: MLflow would try one that is impossible for a minute, with warnings
+                make_store(self.root, self.notify)
+                adopt(self.root)  # a write: MLflow would try one that is impossible for a minute, with warnings
             self._client = client_of(self._uri)
             experiment = self._experiment_id()
             run = self._earlier_run() or self._client.create_run(
-                experiment, run_name=self._run_name, tags=self._source()
+                experiment, run_name=self.run_name, tags=self._source()
             )
             self._had_folder = self._unsent.exists()
             self._outbox = Outbox(self._unsent, run.info.run_id)
@@ -246,28 +237,28 @@ class Tracker:
 
     def _source(self) -> dict[str, str]:
         """Tags that MLflow shows as who made the run, with what, and for which other run."""
-        tags = {"mlflow.source.name": self._command, "mlflow.source.type": "LOCAL"}
+        tags = {"mlflow.source.name": self.command, "mlflow.source.type": "LOCAL"}
         with contextlib.suppress(OSError, KeyError, ImportError):  # a user without an entry in the password database
             tags["mlflow.user"] = getpass.getuser()
-        parent = self.run_id or self._parent
+        parent = self.run_id or self.parent
         return tags if parent is None else tags | {PARENT_TAG: parent}
 
     def _earlier_run(self) -> Any:
         """The run of an earlier session, marked as running again once its unsent records are sent; else ``None``."""
-        if self._resume is None:
+        if self.resume is None:
             return None
-        run = run_or_none(self._client, self._resume)
+        run = run_or_none(self._client, self.resume)
         if run is None or run.info.lifecycle_stage != "active":
             return None
-        Outbox(self._unsent, self._resume).forward(lambda record: send(self._client, run.info.run_id, record))
-        self._client.update_run(self._resume, status="RUNNING")
-        run = self._client.get_run(self._resume)
+        Outbox(self._unsent, self.resume).forward(lambda record: send(self._client, run.info.run_id, record))
+        self._client.update_run(self.resume, status="RUNNING")
+        run = self._client.get_run(self.resume)
         for tag in {DESCRIPTION_TAG, FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG} & run.data.tags.keys():
-            self._client.delete_tag(self._resume, tag)
+            self._client.delete_tag(self.resume, tag)
         self._params = dict(run.data.params)
         for name in run.data.metrics:
             if not name.startswith("system/"):
-                history = self._client.get_metric_history(self._resume, name)
+                history = self._client.get_metric_history(self.resume, name)
                 self._earlier |= {(name, _rounded(point.value), point.step) for point in history}
         return run
 
@@ -293,24 +284,24 @@ class Tracker:
         """Find the experiment or make it."""
         from mlflow.exceptions import MlflowException
 
-        found = self._client.get_experiment_by_name(self._experiment)
+        found = self._client.get_experiment_by_name(self.experiment)
         if found is None:
-            location = str(artifacts(self._root)) if self._is_own else None
+            location = str(artifacts(self.root)) if self._is_own else None
             try:
-                return str(self._client.create_experiment(self._experiment, artifact_location=location, tags=TAGS))
+                return str(self._client.create_experiment(self.experiment, artifact_location=location, tags=TAGS))
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            found = self._client.get_experiment_by_name(self._experiment)  # another run may have made it just now
+            found = self._client.get_experiment_by_name(self.experiment)  # another run may have made it just now
         if found.lifecycle_stage == "deleted":
             raise TrackingError(
-                f"the MLflow experiment {self._experiment!r} in {shown(self._uri)} was deleted",
+                f"the MLflow experiment {self.experiment!r} in {shown(self._uri)} was deleted",
                 hint="Restore it, or take another name with --set tracking.experiment=NAME.",
             )
         if self._is_own and not Path(found.artifact_location).is_dir():
             # MLflow would silently make the folder again.
             raise TrackingError(
-                f"the MLflow experiment {self._experiment!r} keeps its artifacts in {found.artifact_location}, "
+                f"the MLflow experiment {self.experiment!r} keeps its artifacts in {found.artifact_location}, "
                 "which is not there (was the folder moved?)",
                 hint=f"Make that folder, {INSTEAD}",
             )
@@ -330,9 +321,9 @@ class Tracker:
             reason, tag = masked(f"{type(error).__name__}: {error}", self._uri), FAILURE_TAG
         page = f"**{'Interrupted' if interrupted else 'Failed'}:** {reason}"
         tags = {tag: reason}
-        if self._again and self._can_go_on():
-            tags[RESUME_TAG] = self._again
-            page += f"\n\nGo on with\n\n```console\n$ {self._again}\n```"
+        if self.again and self.can_go_on():
+            tags[RESUME_TAG] = self.again
+            page += f"\n\nGo on with\n\n```console\n$ {self.again}\n```"
         try:
             self.set_tags({**tags, DESCRIPTION_TAG: "\n\n".join(filter(None, [page, self._description]))})
         finally:
@@ -357,7 +348,7 @@ class Tracker:
             if not is_away:
                 self._keep(record)
                 kept = f", and keeps what it logs in {self._outbox.path}" if len(self._outbox) else ""
-                self._notify(f"{error.message}; the run goes on{kept}")
+                self.notify(f"{error.message}; the run goes on{kept}")
 
     def _keep(self, record: JSONDict) -> None:
         """Keep a record on disk; of a run that found nothing, whose folder has been removed, nothing is kept."""
@@ -367,7 +358,7 @@ class Tracker:
     def _send(self, record: JSONDict) -> None:
         assert self.run_id is not None, "the run has begun"
         with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
-            if self._is_own and not database(self._root).is_file():
+            if self._is_own and not database(self.root).is_file():
                 # MLflow would go on writing into a deleted file, and make the folder of its artifacts again.
                 raise FileNotFoundError(errno.ENOENT, "the database is not there any more")
             send(self._client, self.run_id, record)
