@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from ffgym.bench.cell import CELL_RESULT, MLFLOW_NOTE, Cell, write_result
+from ffgym.bench.cell import CELL_RESULT, Cell, noted_run, write_result
 from ffgym.bench.checks import check_benches, check_dense_losses, unanswered
 from ffgym.bench.file import Bench, read_bench
 from ffgym.bench.queue import GOES_ON, Failure, compute
@@ -202,24 +202,12 @@ def _open_runs(
     runs: dict[Path, Tracker] = {}
     computing = {owner.file for owner, _ in missing}
     for each in (each for each in benches if each.cells):
-        tracking, note = each.cells[0].config.tracking, _parent_note(each)
-        earlier = MLFLOW_NOTE.text(note) if note.exists() else None
-        if each.file in runs or (each.file not in computing and earlier is None):
+        note = _parent_note(each)
+        if each.file in runs or (each.file not in computing and not note.exists()):
             continue
-        run = Tracker(
-            tracking.folder,
-            tracking.experiment,
-            each.spec.title,
-            tracking.enabled,
-            unsent=note.parent,
-            resume=earlier,
-            command="ffgym bench",
-            again=f"ffgym bench {shlex.quote(str(each.file))}",
-            notify=reporter.print,
-        )
-        stack.enter_context(run).log_config(_shared(each), CONFIGURATION.text(each.file))
-        if run.run_id is not None:
-            write_text(note, run.run_id)
+        again = f"ffgym bench {shlex.quote(str(each.file))}"
+        run = stack.enter_context(noted_run(each.cells[0].config, each.spec.title, note, reporter, again=again))
+        run.log_config(_shared(each), CONFIGURATION.text(each.file))
         runs[each.file] = run
     return runs
 

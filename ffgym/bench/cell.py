@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,20 +137,8 @@ class CellRunner:
         log = folder / _log_name(cell, task)
         note = log.with_suffix(".run")
         watch = _Incumbents(task, agent, cell.marks)
-        tracked = Tracker(
-            config.tracking.folder,
-            config.tracking.experiment,
-            f"{job.title}: {cell.name}",
-            config.tracking.enabled,
-            unsent=folder,
-            parent=job.parent,
-            resume=MLFLOW_NOTE.text(note) if note.exists() else None,
-            command="ffgym bench",
-            notify=self._reporter.print,
-        )
-        with ExitStack() as ending, tracked as tracker:
-            if tracker.run_id is not None:
-                write_text(note, tracker.run_id)
+        run = noted_run(config, f"{job.title}: {cell.name}", note, self._reporter, parent=job.parent)
+        with ExitStack() as ending, run as tracker:
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             tracker.set_tags(run_tags(task))
             log_splits(tracker, task.splits)
@@ -252,6 +241,18 @@ def _log_name(cell: Cell, task: Task) -> str:
 def write_result(path: Path, result: CellResult) -> None:
     """Write a result file, whole or not at all."""
     write_text(path, result.model_dump_json(indent=1) + "\n")
+
+
+@contextmanager
+def noted_run(config: RunConfig, name: str, note: Path, reporter: Reporter, **options: Any) -> Iterator[Tracker]:
+    """An MLflow run whose id is noted in a file, so that it goes on in the same one when interrupted."""
+    table, resume = config.tracking, MLFLOW_NOTE.text(note) if note.exists() else None
+    shared: dict[str, Any] = {"command": "ffgym bench", "notify": reporter.print, "unsent": note.parent}
+    run = Tracker(table.folder, table.experiment, name, table.enabled, resume=resume, **shared, **options)
+    with run as tracker:
+        if tracker.run_id is not None:
+            write_text(note, tracker.run_id)
+        yield tracker
 
 
 class _Incumbents:
