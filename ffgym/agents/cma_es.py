@@ -83,10 +83,7 @@ class CMAES(BatchAgent):
         """Move mean, step size and covariance."""
         self._optimizer.tell([(drawn, -float(reward)) for drawn, reward in zip(self._drawn, rewards, strict=True)])
         self._means.append(self._optimizer.mean.copy())
-        return {
-            "policy/mean": float(self._optimizer.mean.mean()),
-            "policy/spread": float(actions.std(axis=0).mean()),
-        }
+        return {"policy/mean": float(self._optimizer.mean.mean()), "policy/spread": float(actions.std(axis=0).mean())}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The mean, or the mean of the last ones."""

@@ -50,10 +50,7 @@ class Failure(NamedTuple):
 
 
 def compute(
-    cells: Sequence[tuple[Bench, Cell]],
-    parents: Mapping[Path, str | None],
-    reporter: Reporter,
-    cluster: Cluster | None,
+    cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], reporter: Reporter, cluster: Cluster | None
 ) -> list[Failure]:
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 

@@ -69,8 +69,7 @@ class ModelTable(Strict):
         description="auto | cpu | cuda | cuda:1 | mps | xpu | balanced (layers spread over all GPUs)",
     )
     placement: Literal["auto", "resident", "stream"] = Field(
-        default="auto",
-        description="auto (resident where it fits) | resident | stream (layers are read as they run)",
+        default="auto", description="auto (resident where it fits) | resident | stream (layers are read as they run)"
     )
 
 

@@ -24,11 +24,7 @@ LOGIT_TOLERANCE = 0.01  # of the largest logit, for what rounding does
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    windows: torch.Tensor,
-    *,
-    tokens_per_batch: int = 4096,
-    on_progress: OnStep = do_nothing,
+    model: nn.Module, windows: torch.Tensor, *, tokens_per_batch: int = 4096, on_progress: OnStep = do_nothing
 ) -> Evaluation:
     """Mean loss of every window.
 
@@ -73,11 +69,7 @@ def check_logits(model: Any, ids: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def evaluate_cut(
-    prunable: PrunableModel,
-    windows: torch.Tensor,
-    *,
-    tokens_per_batch: int = 4096,
-    on_progress: OnShare = do_nothing,
+    prunable: PrunableModel, windows: torch.Tensor, *, tokens_per_batch: int = 4096, on_progress: OnShare = do_nothing
 ) -> Evaluation:
     """As `evaluate`, layer by layer, for a model as it is cut now: its layers need not be in memory.
 

@@ -84,10 +84,7 @@ def allocation_json(found: SearchResult) -> JSONDict:
 
 
 def write_pictures(
-    folder: Path,
-    task: Task,
-    allocations: Mapping[str, Allocation],
-    searches: Mapping[str, SearchResult],
+    folder: Path, task: Task, allocations: Mapping[str, Allocation], searches: Mapping[str, SearchResult]
 ) -> None:
     """``units_kept.png``, of a search ``reward.png`` and, if it had several updates, ``allocations.png``.
 

@@ -19,13 +19,7 @@ from ffgym.models.modes import own_modes
 from ffgym.models.origin import absolute_name
 from ffgym.pipeline.agent import make_agent
 from ffgym.pipeline.artifacts import allocation_json, tracked_result, write_front, write_pictures, write_table
-from ffgym.pipeline.compare import (
-    asked_rules,
-    compared_rows,
-    heuristic_allocations,
-    target_model_folder,
-    with_result,
-)
+from ffgym.pipeline.compare import asked_rules, compared_rows, heuristic_allocations, target_model_folder, with_result
 from ffgym.pipeline.folder import read_record
 from ffgym.pipeline.front import finish_front
 from ffgym.pipeline.plan import plan_run, planned_steps, slope_share

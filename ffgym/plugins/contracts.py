@@ -207,8 +207,7 @@ def check_update(agent: Agent, update: Update, episodes: int) -> None:
     where = described(agent)
     if not isinstance(update, Update):
         raise PluginError(
-            f"{where}: learn called on_update with {type(update).__name__}, not an Update",
-            hint=CALL_ON_UPDATE,
+            f"{where}: learn called on_update with {type(update).__name__}, not an Update", hint=CALL_ON_UPDATE
         )
     if not isinstance(update.index, int | np.integer):
         raise PluginError(f"{where}: the index of an update is {update.index!r}, not a number", hint=CALL_ON_UPDATE)

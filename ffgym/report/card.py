@@ -122,12 +122,7 @@ def loading(*, stock: bool, towers: bool = False) -> str:
 
 
 def _summary(
-    base_model: str | None,
-    sublayers: Sequence[Sublayer],
-    allocation: Allocation,
-    quantity: str,
-    saved: Row,
-    dense: Row,
+    base_model: str | None, sublayers: Sequence[Sublayer], allocation: Allocation, quantity: str, saved: Row, dense: Row
 ) -> str:
     """Say what the model is, and what the pruning cost."""
     there = {sublayer.kind for sublayer in sublayers}

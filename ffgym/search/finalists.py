@@ -81,12 +81,7 @@ def contenders(
 
 
 def finalists(
-    env: PruningEnv,
-    agent: Agent,
-    history: Sequence[Episode],
-    count: int,
-    target: float,
-    reach: float | None = None,
+    env: PruningEnv, agent: Agent, history: Sequence[Episode], count: int, target: float, reach: float | None = None
 ) -> list[Candidate]:
     """What the agent recommends, then the episodes of the greatest reward; distinct allocations, at most ``count``.
 

@@ -150,14 +150,7 @@ class _Measured:
     def add(self, indices: Iterable[int], places: Iterable[int]) -> None:
         """Measure candidates on windows."""
         new = [key for key in product(indices, places) if key not in self._outcomes]
-        trials = [
-            Trial(
-                self._candidates[i].allocation,
-                (self.windows[place],),
-                self._dealt(place),
-            )
-            for i, place in new
-        ]
+        trials = [Trial(self._candidates[i].allocation, (self.windows[place],), self._dealt(place)) for i, place in new]
         before, own = self.tokens, sum(self._env.tokens(trial.subset, trial.examples) for trial in trials)
         outcomes = self._env.outcomes(trials, lambda share: self._on_tokens(before + share * own))
         for key, outcome in zip(new, outcomes, strict=True):

@@ -236,6 +236,5 @@ def _learn(
         raise PluginError(f"{described(agent)}: learn returned without a step", hint="Call env.step in learn.")
     if updates == 0:
         raise PluginError(
-            f"{described(agent)}: learn never called on_update, so its episodes were not reported",
-            hint=CALL_ON_UPDATE,
+            f"{described(agent)}: learn never called on_update, so its episodes were not reported", hint=CALL_ON_UPDATE
         )

@@ -22,12 +22,7 @@ SECONDS_TO_END = 3.0
 
 
 def open_ui(
-    root: Path,
-    experiment: str = "ffgym",
-    port: int = 5000,
-    *,
-    notify: Notify = print,
-    browser: bool = True,
+    root: Path, experiment: str = "ffgym", port: int = 5000, *, notify: Notify = print, browser: bool = True
 ) -> None:
     """Open the page of an experiment's runs; unless the store is behind a server, serve it here until Ctrl-C.
 
