@@ -14,6 +14,10 @@ class BuiltIn(NamedTuple):
     description: str
 
 
+def _family(cls: str, description: str) -> BuiltIn:
+    return BuiltIn(f"ffgym.models.built_in_families:{cls}", description)
+
+
 BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
     "agent": {
         "reinforce": BuiltIn("ffgym.agents.reinforce:Reinforce", "policy gradient over a Gaussian of importances"),
@@ -50,47 +54,35 @@ BUILTINS: dict[PluginKind, dict[str, BuiltIn]] = {
         "nemotron-nas": BuiltIn("ffgym.export.nemotron_nas:NemotronNas", "a folder that MLX reads; llama and mistral"),
     },
     "family": {
-        "llama": BuiltIn("ffgym.models.built_in_families:Llama", "multi-head or grouped-query attention, gated MLP"),
-        "mistral": BuiltIn("ffgym.models.built_in_families:Mistral", "as llama"),
-        "mixtral": BuiltIn("ffgym.models.built_in_families:Mixtral", "as mistral, with experts in place of MLPs"),
-        "qwen2": BuiltIn("ffgym.models.built_in_families:Qwen2", "as llama, with biases of query, key and value"),
-        "qwen3": BuiltIn("ffgym.models.built_in_families:Qwen3", "as llama, with norms of queries and keys"),
-        "qwen3_moe": BuiltIn("ffgym.models.built_in_families:Qwen3MoE", "as qwen3, with experts in place of most MLPs"),
-        "gemma": BuiltIn("ffgym.models.built_in_families:Gemma", "as llama, with another activation; only Gemma 1"),
-        "gemma2": BuiltIn(
-            "ffgym.models.built_in_families:Gemma2", "as gemma, with norms behind each half, soft caps, sliding windows"
-        ),
-        "gemma3_text": BuiltIn(
-            "ffgym.models.built_in_families:Gemma3", "as gemma2, with norms of queries and keys; the text model"
-        ),
-        "smollm3": BuiltIn("ffgym.models.built_in_families:SmolLM3", "as llama, some layers without rotary positions"),
-        "olmo": BuiltIn("ffgym.models.built_in_families:OLMo", "as llama, with norms that have no weights"),
-        "olmo2": BuiltIn("ffgym.models.built_in_families:OLMo2", "norms of all heads together: attention whole or not"),
-        "olmo3": BuiltIn("ffgym.models.built_in_families:OLMo3", "as olmo2, with sliding windows"),
-        "olmoe": BuiltIn("ffgym.models.built_in_families:OLMoE", "experts in place of MLPs, attention whole or not"),
-        "gpt_oss": BuiltIn(
-            "ffgym.models.built_in_families:GptOss", "experts with biases, attention with sinks, whole or not"
-        ),
-        "granite": BuiltIn("ffgym.models.built_in_families:Granite", "as llama, with scaled embeddings and logits"),
-        "phi3": BuiltIn("ffgym.models.built_in_families:Phi3", "as llama, with fused query/key/value and gate/up"),
-        "cohere2": BuiltIn(
-            "ffgym.models.built_in_families:Cohere2", "both halves read one input, sliding windows, scaled logits"
-        ),
-        "exaone4": BuiltIn("ffgym.models.built_in_families:Exaone4", "as qwen3, with norms behind each half instead"),
-        "ernie4_5": BuiltIn("ffgym.models.built_in_families:Ernie45", "as llama"),
-        "seed_oss": BuiltIn("ffgym.models.built_in_families:SeedOss", "as qwen2"),
-        "glm": BuiltIn("ffgym.models.built_in_families:GLM", "as llama, with fused gate/up"),
-        "glm4": BuiltIn("ffgym.models.built_in_families:GLM4", "as glm, with norms behind each half, too"),
-        "nemotron": BuiltIn("ffgym.models.built_in_families:Nemotron", "as llama, with an MLP of two linears"),
-        "phi": BuiltIn("ffgym.models.built_in_families:Phi", "both halves read one input, MLP of two linears, biases"),
-        "gpt_neox": BuiltIn(
-            "ffgym.models.built_in_families:GPTNeoX", "multi-head attention, both halves read one input, biases"
-        ),
-        "ministral": BuiltIn("ffgym.models.built_in_families:Ministral", "as mistral, with sliding windows"),
-        "ministral3": BuiltIn("ffgym.models.built_in_families:Ministral3", "as mistral, far queries are scaled"),
-        "opt": BuiltIn(
-            "ffgym.models.built_in_families:OPT", "multi-head attention, two linears in the MLP, biases everywhere"
-        ),
+        "llama": _family("Llama", "multi-head or grouped-query attention, gated MLP"),
+        "mistral": _family("Mistral", "as llama"),
+        "mixtral": _family("Mixtral", "as mistral, with experts in place of MLPs"),
+        "qwen2": _family("Qwen2", "as llama, with biases of query, key and value"),
+        "qwen3": _family("Qwen3", "as llama, with norms of queries and keys"),
+        "qwen3_moe": _family("Qwen3MoE", "as qwen3, with experts in place of most MLPs"),
+        "gemma": _family("Gemma", "as llama, with another activation; only Gemma 1"),
+        "gemma2": _family("Gemma2", "as gemma, with norms behind each half, soft caps, sliding windows"),
+        "gemma3_text": _family("Gemma3", "as gemma2, with norms of queries and keys; the text model"),
+        "smollm3": _family("SmolLM3", "as llama, some layers without rotary positions"),
+        "olmo": _family("OLMo", "as llama, with norms that have no weights"),
+        "olmo2": _family("OLMo2", "norms of all heads together: attention whole or not"),
+        "olmo3": _family("OLMo3", "as olmo2, with sliding windows"),
+        "olmoe": _family("OLMoE", "experts in place of MLPs, attention whole or not"),
+        "gpt_oss": _family("GptOss", "experts with biases, attention with sinks, whole or not"),
+        "granite": _family("Granite", "as llama, with scaled embeddings and logits"),
+        "phi3": _family("Phi3", "as llama, with fused query/key/value and gate/up"),
+        "cohere2": _family("Cohere2", "both halves read one input, sliding windows, scaled logits"),
+        "exaone4": _family("Exaone4", "as qwen3, with norms behind each half instead"),
+        "ernie4_5": _family("Ernie45", "as llama"),
+        "seed_oss": _family("SeedOss", "as qwen2"),
+        "glm": _family("GLM", "as llama, with fused gate/up"),
+        "glm4": _family("GLM4", "as glm, with norms behind each half, too"),
+        "nemotron": _family("Nemotron", "as llama, with an MLP of two linears"),
+        "phi": _family("Phi", "both halves read one input, MLP of two linears, biases"),
+        "gpt_neox": _family("GPTNeoX", "multi-head attention, both halves read one input, biases"),
+        "ministral": _family("Ministral", "as mistral, with sliding windows"),
+        "ministral3": _family("Ministral3", "as mistral, far queries are scaled"),
+        "opt": _family("OPT", "multi-head attention, two linears in the MLP, biases everywhere"),
     },
     "heuristic": {
         "uniform": BuiltIn("ffgym.heuristics.uniform:Uniform", "every sublayer keeps the same share"),
