@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 import numpy as np
@@ -123,43 +123,31 @@ def _is_better(differences: np.ndarray) -> bool:
     return error is not None and float(differences.mean()) > SIGNIFICANT * error
 
 
+@dataclass
 class _Measured:
-    """Results of candidates on single windows of the finals, each measured once.
+    """Results of candidates on single windows of the finals, each measured once."""
 
-    Args:
-        env: measures and judges.
-        candidates: by their place.
-        windows: of the finals.
-        examples: task examples of the finals, which are dealt out to the windows.
-        on_tokens: called with the tokens taken so far.
-    """
-
-    def __init__(
-        self,
-        env: PruningEnv,
-        candidates: Sequence[Candidate],
-        windows: Sequence[int],
-        examples: Sequence[int],
-        on_tokens: Callable[[float], None],
-    ) -> None:
-        self.windows = windows
-        self.tokens = 0
-        self._env, self._candidates, self._examples, self._on_tokens = env, candidates, examples, on_tokens
-        self._outcomes: dict[tuple[int, int], Outcome] = {}
+    env: PruningEnv
+    candidates: Sequence[Candidate]
+    windows: Sequence[int]
+    examples: Sequence[int]  # task examples, which are dealt out to the windows
+    on_tokens: Callable[[float], None]  # called with the tokens taken so far
+    tokens: int = 0
+    outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)  # by candidate and place of a window
 
     def add(self, indices: Iterable[int], places: Iterable[int]) -> None:
         """Measure candidates on windows."""
-        new = [key for key in product(indices, places) if key not in self._outcomes]
-        trials = [Trial(self._candidates[i].allocation, (self.windows[place],), self._dealt(place)) for i, place in new]
-        before, own = self.tokens, sum(self._env.tokens(trial.subset, trial.examples) for trial in trials)
-        outcomes = self._env.outcomes(trials, lambda share: self._on_tokens(before + share * own))
+        new = [key for key in product(indices, places) if key not in self.outcomes]
+        trials = [Trial(self.candidates[i].allocation, (self.windows[place],), self._dealt(place)) for i, place in new]
+        before, own = self.tokens, sum(self.env.tokens(trial.subset, trial.examples) for trial in trials)
+        outcomes = self.env.outcomes(trials, lambda share: self.on_tokens(before + share * own))
         for key, outcome in zip(new, outcomes, strict=True):
-            self._outcomes[key] = outcome
+            self.outcomes[key] = outcome
             self.tokens += outcome.tokens
 
     def rewards(self, index: int, places: Iterable[int]) -> np.ndarray:
         """Of a candidate on windows, shape (windows,)."""
-        return np.array([self._outcomes[index, place].reward for place in places])
+        return np.array([self.outcomes[index, place].reward for place in places])
 
     def standing(self, index: int, places: Sequence[int]) -> tuple[float, float]:
         """To sort by: mean reward, then loss, where rewards have become too small to differ."""
@@ -170,15 +158,15 @@ class _Measured:
 
     def _dealt(self, place: int) -> tuple[int, ...]:
         """Examples that go with a window; where there are fewer than windows, they go round."""
-        windows, count = len(self.windows), len(self._examples)
-        return tuple(self._examples[i % count] for i in range(place, max(windows, count), windows)) if count else ()
+        windows, count = len(self.windows), len(self.examples)
+        return tuple(self.examples[i % count] for i in range(place, max(windows, count), windows)) if count else ()
 
     def known(self, index: int, places: Sequence[int]) -> Candidate:
         """A candidate with its results on windows; as it was where it was not measured on them."""
-        candidate = self._candidates[index]
+        candidate = self.candidates[index]
         if not self._has(index, places):
             return candidate
-        judged = [self._outcomes[index, place] for place in places]
+        judged = [self.outcomes[index, place] for place in places]
         names = judged[0].objectives if all(j.objectives for j in judged) else {}
         return replace(
             candidate,
@@ -189,13 +177,13 @@ class _Measured:
 
     def dense_loss(self, index: int, places: Sequence[int]) -> float:
         """Of the dense model on windows that a candidate was measured on."""
-        return float(np.mean([self._outcomes[index, place].dense.loss for place in places]))
+        return float(np.mean([self.outcomes[index, place].dense.loss for place in places]))
 
     def _has(self, index: int, places: Sequence[int]) -> bool:
-        return all((index, place) in self._outcomes for place in places)
+        return all((index, place) in self.outcomes for place in places)
 
     def _loss(self, index: int, places: Sequence[int]) -> float:
-        return float(np.mean([self._outcomes[index, place].pruned.loss for place in places]))
+        return float(np.mean([self.outcomes[index, place].pruned.loss for place in places]))
 
 
 def finals_windows(env: PruningEnv, seed: int) -> tuple[int, ...]:
