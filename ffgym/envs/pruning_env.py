@@ -150,17 +150,11 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         executor: Evaluator | None = None,
     ) -> None:
         budget.check(sparsity)
-        if episode_windows < 1 or reserved < 0:
+        if episode_windows < 1 or not 0 <= reserved <= len(windows) - episode_windows:
             raise DataError(
-                f"episode_windows = {episode_windows} and reserved = {reserved}: an episode is measured on 1 window or "
-                "more, and 0 or more are reserved for the finals",
-                hint="Raise the one that is too small.",
-            )
-        if episode_windows > len(windows) - reserved:
-            kept_back = f", of which {reserved} are reserved for the finals" if reserved else ""
-            raise DataError(
-                f"an episode of {episode_windows} windows does not fit the search split of {len(windows)}{kept_back}",
-                hint="Lower search.episode_tokens or search.final_tokens, or raise data.search_tokens.",
+                f"episode_windows = {episode_windows} and reserved = {reserved} do not fit a search split of "
+                f"{len(windows)} windows: an episode is measured on 1 or more of those that are not reserved",
+                hint="Change search.episode_tokens or search.final_tokens, or take more text (data.search_tokens).",
             )
         self._tasks, self._finals_tasks = _by_task(reward, examples, reserved / episode_windows)
         self.examples = tuple(examples)

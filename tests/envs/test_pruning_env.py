@@ -203,16 +203,11 @@ class TestTasks:
         assert "slopes" in info
         assert env.reset(options={"sparsity": torch.tensor(0.25)})[0][0] == 0.25
 
-    def test_an_episode_that_does_not_fit_the_split_is_refused(self, make_env):
-        with pytest.raises(DataError, match="13 windows does not fit the search split of 12"):
-            make_env(episode_windows=13)
-
-    @pytest.mark.parametrize("options", [{"episode_windows": 0}, {"reserved": -3}])
-    def test_too_small_a_number_of_windows_is_refused(self, make_env, options):
+    @pytest.mark.parametrize("options", [{"episode_windows": 13}, {"episode_windows": 0}, {"reserved": -3}])
+    def test_an_episode_that_does_not_fit_the_split_is_refused(self, make_env, options):
         ((name, number),) = options.items()
-        with pytest.raises(DataError, match=f"{name} = {number}") as refused:
+        with pytest.raises(DataError, match=f"{name} = {number} .*do not fit a search split of 12 windows"):
             make_env(**options)
-        assert "Raise" in refused.value.hint
 
     def test_draw_gives_different_windows(self, env):
         drawn = env.draw(np.random.default_rng(0), 12)
