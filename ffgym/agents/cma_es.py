@@ -14,16 +14,15 @@ covariance to start from, and ``average`` recommends the average of the last mea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from cmaes import CMA
 from pydantic import Field
 
-from ffgym.agents.averaging import tail_mean
+from ffgym.agents.averaging import MeanAgent
 from ffgym.agents.exploration import depth_covariance
-from ffgym.plugins.bases import BatchAgent, PluginConfig
+from ffgym.plugins.bases import PluginConfig
 
 SIGMA = 0.15  # step size at the start, in importance units
 SMALLEST_VARIANCE = 1e-6
@@ -43,7 +42,7 @@ class CMAESConfig(PluginConfig):
     )
 
 
-class CMAES(BatchAgent):
+class CMAES(MeanAgent):
     """CMA-ES around the prior (or 0)."""
 
     name = "cma-es"
@@ -52,23 +51,17 @@ class CMAES(BatchAgent):
 
     def __init__(self, config: PluginConfig | None = None) -> None:
         super().__init__(config)
-        self._start: np.ndarray | None = None
-        self._optimizer: Any = None
-        self._drawn: list[np.ndarray] = []
-        self._means: list[np.ndarray] = []
+        self.average = self.config.average
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior, or from the mean of the state that was loaded, with the first step size."""
-        prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
-        self._start = prior if self._start is None else self._start
-        self._means = []
         self._seed = seed
         self._batch = batch
         covariance = None
         if self.config.smooth:
             shared = depth_covariance(dimensions, smooth=self.config.smooth)
             covariance = shared + SMALLEST_VARIANCE * np.eye(dimensions)  # which has to have an inverse
-        start = np.clip(self._start, -1.0, 1.0).astype(np.float64)
+        start = np.clip(self.start(dimensions), -1.0, 1.0)
         self._optimizer = CMA(mean=start, sigma=SIGMA, population_size=batch, cov=covariance)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
@@ -82,21 +75,5 @@ class CMAES(BatchAgent):
     def tell(self, observations: np.ndarray, actions: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
         """Move mean, step size and covariance."""
         self._optimizer.tell([(drawn, -float(reward)) for drawn, reward in zip(self._drawn, rewards, strict=True)])
-        self._means.append(self._optimizer.mean.copy())
+        self.moved(self._optimizer.mean)
         return {"policy/mean": float(self._optimizer.mean.mean()), "policy/spread": float(actions.std(axis=0).mean())}
-
-    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The mean, or the mean of the last ones."""
-        return [] if (mean := self._settled()) is None else [np.clip(mean, -1.0, 1.0).astype(np.float32)]
-
-    def state(self) -> dict[str, Any]:
-        """The mean that a new search starts from."""
-        return {} if (mean := self._settled()) is None else {"mean": mean.tolist()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up a mean."""
-        self._start = np.array(state["mean"], dtype=np.float64)
-
-    def _settled(self) -> np.ndarray | None:
-        """The recommended mean before it is clipped, shape (2L,), float64; ``None`` before there is any."""
-        return tail_mean(self._means, self.config.average) if self._means else self._start

@@ -20,45 +20,32 @@ averaging, Polyak and Juditsky 1992.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from ffgym.agents.averaging import tail_mean
+from ffgym.agents.averaging import MeanAgent
 from ffgym.agents.exploration import depth_covariance
 from ffgym.errors import ConfigError
-from ffgym.plugins.bases import BatchAgent, PluginConfig
 
 STEP = 0.1  # how far the first update moves a sublayer by its own slope, in importance units
 SMOOTH = 0.5  # share of a step that neighbouring layers of one kind have in common
-AVERAGE = 0.5  # share of the last updates whose importances are averaged for recommending
 
 
-class Pathwise(BatchAgent):
+class Pathwise(MeanAgent):
     """Descends the loss along its slopes, one episode an update."""
 
     name = "pathwise"
     slope_episodes = 1
     update_episodes = 1
 
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__(config)
-        self._start: np.ndarray | None = None
-        self._means: list[np.ndarray] = []
-
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or zeros), unless a state has been loaded; nothing here is random."""
-        if self._start is None:
-            self._start = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean.astype(np.float64)
-        self._mean = self._start.copy()
-        self._means = []
+        self._importances = self.start(dimensions)
         self._slope: np.ndarray | None = None
         self._descent = SlopeDescent(dimensions, self.coarse)
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
         """The importances reached, for every episode, float32."""
-        return np.tile(self._mean, (len(observations), 1)).astype(np.float32)
+        return np.tile(self._importances, (len(observations), 1)).astype(np.float32)
 
     def take_slopes(self, slopes: np.ndarray) -> None:
         """Keep the slope for the step that follows."""
@@ -69,25 +56,9 @@ class Pathwise(BatchAgent):
         if self._slope is None:
             raise ConfigError("pathwise follows slopes, and this environment measures none", hint="Use reinforce.")
         step = self._descent.step(self._slope)
-        self._mean = np.clip(self._mean - step, -1.0, 1.0)
-        self._means.append(self._mean.copy())
-        return {"policy/mean": float(self._mean.mean()), "policy/step": float(np.linalg.norm(step))}
-
-    def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
-        """The average of the last updates."""
-        return [] if self._start is None else [self._settled().astype(np.float32)]
-
-    def state(self) -> dict[str, Any]:
-        """The importances that are recommended."""
-        return {} if self._start is None else {"mean": self._settled().tolist()}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Start from what ``state`` returned."""
-        self._start = np.array(state["mean"], dtype=np.float64)
-
-    def _settled(self) -> np.ndarray:
-        assert self._start is not None, "begin comes first"
-        return tail_mean(self._means, AVERAGE) if self._means else self._start
+        self._importances = np.clip(self._importances - step, -1.0, 1.0)
+        self.moved(self._importances)
+        return {"policy/mean": float(self._importances.mean()), "policy/step": float(np.linalg.norm(step))}
 
 
 class SlopeDescent:
