@@ -24,12 +24,8 @@ from ffgym.interrupts import held_back_interrupts, shared_by_threads
 from ffgym.tracking.masking import masked, shown
 from ffgym.types import Notify
 
-DESCRIPTION_TAG = "mlflow.note.content"
-FAILURE_TAG = "ffgym.failure"
 FOLDER_TAG = "ffgym.folder"
 PARENT_TAG = "mlflow.parentRunId"
-INTERRUPTION_TAG = "ffgym.interruption"
-RESUME_TAG = "ffgym.resume"
 BUSY_SECONDS = 10.0  # to wait for another process that writes the database
 INSTEAD = "or choose another folder with --set tracking.root=DIR, or do without: --set tracking.enabled=false."
 

@@ -23,12 +23,8 @@ from ffgym.tracking.outbox import Outbox
 from ffgym.tracking.records import Point, send
 from ffgym.tracking.runs import run_or_none
 from ffgym.tracking.store import (
-    DESCRIPTION_TAG,
-    FAILURE_TAG,
     INSTEAD,
-    INTERRUPTION_TAG,
     PARENT_TAG,
-    RESUME_TAG,
     adopt,
     artifacts,
     client_of,
@@ -44,6 +40,8 @@ from ffgym.tracking.view import TAGS
 from ffgym.types import Episode, JSONDict, Notify, Update, perplexity_of
 from ffgym.version import __version__
 
+DESCRIPTION_TAG = "mlflow.note.content"
+FAILURE_TAG, INTERRUPTION_TAG, RESUME_TAG = "ffgym.failure", "ffgym.interruption", "ffgym.resume"
 RETRY_SECONDS = 60  # after which a store that took nothing is tried again
 
 
