@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -42,6 +43,7 @@ def first_seed(seed: SupportsIndex | Sequence[SupportsIndex | None] | None) -> i
     return None if first is None else operator.index(first)
 
 
+@dataclass(eq=False, repr=False)
 class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     """``num_envs`` episodes an update.
 
@@ -67,43 +69,32 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         DataError: a token budget below 1.
     """
 
-    def __init__(
-        self,
-        env: PruningEnv,
-        schedule: Schedule,
-        *,
-        num_envs: int,
-        token_budget: int,
-        slope_episodes: int = 0,
-        pair_text: bool = False,
-        on_episode: Callable[[Episode], None] = do_nothing,
-        on_progress: Callable[[float], None] = do_nothing,
-        replay: Sequence[Episode] = (),
-        log_name: str = "the log",
-    ) -> None:
-        if token_budget < 1:
-            raise DataError(f"token_budget is {token_budget}: a search needs tokens", hint="Give 1 or more.")
-        self.env = env
-        self.schedule = schedule
-        self.num_envs = num_envs
-        self.token_budget = token_budget
-        self.slope_episodes = slope_episodes
-        self.pair_text = pair_text
+    env: PruningEnv
+    schedule: Schedule
+    _: KW_ONLY
+    num_envs: int
+    token_budget: int
+    slope_episodes: int = 0
+    pair_text: bool = False
+    on_episode: Callable[[Episode], None] = do_nothing
+    on_progress: Callable[[float], None] = do_nothing
+    replay: Sequence[Episode] = ()
+    log_name: str = "the log"
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 1:
+            raise DataError(f"token_budget is {self.token_budget}: a search needs tokens", hint="Give 1 or more.")
         self.history: list[Episode] = []
         self.tokens_spent = 0
-        self.metadata = {**env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        self.render_mode = env.render_mode
-        self.single_action_space = env.action_space
-        self.single_observation_space = env.observation_space
-        self.action_space = batch_space(env.action_space, num_envs)
-        self.observation_space = batch_space(env.observation_space, num_envs)
-        self._on_episode = on_episode
-        self._on_progress = on_progress
-        self._replay = replay
-        self._log_name = log_name
+        self.metadata = {**self.env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.render_mode = self.env.render_mode
+        self.single_action_space = self.env.action_space
+        self.single_observation_space = self.env.observation_space
+        self.action_space = batch_space(self.env.action_space, self.num_envs)
+        self.observation_space = batch_space(self.env.observation_space, self.num_envs)
         self._update = 0
         self._first_place, self._first_update = 1.0, 0  # of a range, since the last reset
-        self.stage = schedule.stage(0.0)
+        self.stage = self.schedule.stage(0.0)
         self._texts: list[Text] = []  # of the running update: one for all its episodes, or one for each pair
 
     @property
@@ -228,7 +219,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
             Trial(allocation, *text, slopes_at=action if i < self.slope_episodes else None)
             for i, (action, allocation, text) in enumerate(zip(actions, allocations, texts, strict=True))
         ]
-        for episode, trial, action in zip(self._replay[first:], trials, actions, strict=False):
+        for episode, trial, action in zip(self.replay[first:], trials, actions, strict=False):
             self._check_replayed(episode, first + len(episodes), action, trial)
             if episode.objectives:
                 self.env.recall(tuple(episode.objectives))
@@ -236,7 +227,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         trials = trials[len(episodes) :]
         if trials:
             tokens = sum(self.env.tokens(t.subset, t.examples) + self.env.slope_tokens(t) for t in trials)
-            outcomes = self.env.outcomes(trials, lambda share: self._on_progress(share * tokens))
+            outcomes = self.env.outcomes(trials, lambda share: self.on_progress(share * tokens))
             for trial, outcome in zip(trials, outcomes, strict=True):
                 measured = self._measured(actions[len(episodes)], trial, outcome)
                 episodes.append(self._recorded(measured))
@@ -245,7 +236,7 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
     def _recorded(self, episode: Episode) -> Episode:
         self.tokens_spent += episode.tokens
         self.history.append(episode)
-        self._on_episode(episode)
+        self.on_episode(episode)
         return episode
 
     def _check_replayed(self, episode: Episode, index: int, action: np.ndarray, trial: Trial) -> None:
@@ -256,9 +247,9 @@ class PruningVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         is_same_text = (episode.windows, episode.examples) == (trial.subset, trial.examples)
         if measured != asked or not is_same_text or not np.array_equal(episode.action, action):
             raise DataError(
-                f"episode {index} of {self._log_name} differs from what this search proposes: it comes from another "
+                f"episode {index} of {self.log_name} differs from what this search proposes: it comes from another "
                 "configuration, starting policy, seed, version or thread count, or the agent does not follow its seed",
-                hint=f"Delete {self._log_name} to search from the start.",
+                hint=f"Delete {self.log_name} to search from the start.",
             )
 
     def _measured(self, action: np.ndarray, trial: Trial, outcome: Outcome) -> Episode:
