@@ -50,10 +50,7 @@ class Evolution(BatchAgent):
     Config: ClassVar[type[PluginConfig]] = EvolutionConfig
     recommendations: ClassVar[int] = 3
     least_episodes = 2
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__(config)
-        self._parents: np.ndarray | None = None
+    _parents: np.ndarray | None = None  # best first, shape (survivors, 2L)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Seed the generator; survivors of a state that was loaded are the first generation's parents."""

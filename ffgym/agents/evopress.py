@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ffgym.plugins.bases import BatchAgent, PluginConfig
+from ffgym.plugins.bases import BatchAgent
 
 STEP = 0.2  # how far a level switch moves, in importance units (2 spans all keep ratios)
 MOST_SWITCHES = 3  # of a child; the number is the smaller of two uniform draws, as in the paper
@@ -37,17 +37,14 @@ class EvoPress(BatchAgent):
 
     name = "evopress"
     least_episodes = 2 + sum(SURVIVORS[:-1])  # parent, survivors, a child
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__(config)
-        self._actions: np.ndarray | None = None  # parent, then survivors, shape (1 + survivors, 2L)
-        self._rewards: list[list[float]] = [[]]  # of each of them, over its latest steps
+    _actions: np.ndarray | None = None  # parent, then survivors, shape (1 + survivors, 2L)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
         """Start from the prior (or 0), or from the parent of a state that was loaded."""
         prior = np.zeros(dimensions) if self.prior_mean is None else self.prior_mean
         parent = prior if self._actions is None else self._actions[0]
-        self._actions, self._rewards = parent[None].astype(np.float32), [[]]
+        self._actions = parent[None].astype(np.float32)
+        self._rewards: list[list[float]] = [[]]  # of each of them, over its latest steps
         self._batch = batch
         self._rng = np.random.default_rng(seed)
 

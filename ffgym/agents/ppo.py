@@ -48,11 +48,8 @@ class PPO(Agent):
     name = "ppo"
     Config: ClassVar[type[PluginConfig]] = PPOConfig
     least_episodes = 2
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__(config)
-        self._policy: Any = None
-        self._centre: np.ndarray | None = None  # importances that actions are offsets from, shape (2L,)
+    _policy: Any = None
+    _centre: np.ndarray | None = None  # importances that actions are offsets from, shape (2L,)
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
         """Collect one rollout, train on it, report, until no tokens are left."""

@@ -109,10 +109,7 @@ class Heuristic(Plugin, ABC):
 
     kind = "heuristic"
     needs: ClassVar[frozenset[str]] = frozenset()
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__(config)
-        self.target: float | None = None
+    target: float | None = None
 
     @abstractmethod
     def importance(self, sublayers: Sequence[SublayerView]) -> np.ndarray | torch.Tensor | Sequence[float]:
@@ -209,13 +206,10 @@ class Agent(Plugin, ABC):
     needs_prior: ClassVar[bool] = False
     searches: ClassVar[bool] = True
     budget_conditioned: ClassVar[bool] = False
-
-    def __init__(self, config: PluginConfig | None = None) -> None:
-        super().__init__(config)
-        self.prior_mean: np.ndarray | None = None
-        self.budgets: tuple[float, float] | None = None
-        self.prior_ends: tuple[np.ndarray, np.ndarray] | None = None
-        self.policy_sublayers: tuple[str, ...] | None = None
+    prior_mean: np.ndarray | None = None
+    budgets: tuple[float, float] | None = None
+    prior_ends: tuple[np.ndarray, np.ndarray] | None = None
+    policy_sublayers: tuple[str, ...] | None = None
 
     @property
     def asks_slopes(self) -> bool:
