@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -57,6 +57,8 @@ from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
 from ffgym.types import Evaluation, LayerStats, Sublayer, Update
 
+P = TypeVar("P", bound=Plugin)
+
 FOLLOWED = ("loss", "kl", "reverse_kl", None)
 """What a reward may fall with."""
 
@@ -78,11 +80,11 @@ METRIC_NAME = re.compile(r"\w[\w\-.:/ ]{,199}", re.ASCII)
 """What MLflow takes as the name of a metric."""
 
 
-class PluginConformance(ABC):
+class PluginConformance(ABC, Generic[P]):
     """What every plugin promises."""
 
     @abstractmethod
-    def make(self) -> Plugin:
+    def make(self) -> P:
         """Make a fresh instance of the plugin under test."""
 
     def test_has_a_name(self) -> None:
@@ -146,15 +148,11 @@ class PluginConformance(ABC):
         assert type(plugin)(plugin.config).config is plugin.config, "__init__ calls super().__init__(config)"
 
 
-class CriterionConformance(PluginConformance):
+class CriterionConformance(PluginConformance[Criterion]):
     """What every criterion promises."""
 
     sublayer: ClassVar[Sublayer] = Sublayer(0, "mlp", 24, 1, unit_params=36, unit_macs=36)
     outputs: ClassVar[int] = 12
-
-    @abstractmethod
-    def make(self) -> Criterion:
-        """Make a fresh instance of the criterion under test."""
 
     def weight(self) -> torch.Tensor:
         """A consumer's weight, shape (outputs, channels)."""
@@ -195,12 +193,8 @@ class CriterionConformance(PluginConformance):
         torch.testing.assert_close(permuted, scores[order], rtol=1e-3, atol=1e-5 * float(scores.abs().max()))
 
 
-class HeuristicConformance(PluginConformance):
+class HeuristicConformance(PluginConformance[Heuristic]):
     """What every heuristic promises."""
-
-    @abstractmethod
-    def make(self) -> Heuristic:
-        """Make a fresh instance of the heuristic under test."""
 
     @pytest.mark.parametrize("layers", [1, 4, 30])
     def test_importances_keep_the_contract(self, layers: int) -> None:
@@ -230,12 +224,8 @@ class HeuristicConformance(PluginConformance):
         assert np.array_equal(answers[0], answers[1]), "the same sublayers got other importances"
 
 
-class RewardConformance(PluginConformance):
+class RewardConformance(PluginConformance[Reward]):
     """What every reward promises."""
-
-    @abstractmethod
-    def make(self) -> Reward:
-        """Make a fresh instance of the reward under test."""
 
     def evaluation(self, loss: float, dense: float = 3.0) -> Evaluation:
         """What the reward's ``needs`` asks for, of a model with this loss in nats per token: the higher, the worse.
@@ -288,14 +278,10 @@ class RewardConformance(PluginConformance):
         assert self.reward(3.3) == self.reward(3.3)
 
 
-class ResourceConformance(PluginConformance):
+class ResourceConformance(PluginConformance[Resource]):
     """What every resource promises, on tiny models with an MLP, with one unit an attention, and with experts."""
 
     families: ClassVar[tuple[str, ...]] = ("llama", "olmo2", "mixtral")
-
-    @abstractmethod
-    def make(self) -> Resource:
-        """Make a fresh instance of the resource under test."""
 
     def costs(self, family: str) -> Costs:
         """What a tiny model costs, checked by the contract."""
@@ -329,15 +315,11 @@ class ResourceConformance(PluginConformance):
         assert all(map(np.array_equal, again.tables, first.tables)), "the file gives other costs"
 
 
-class AgentConformance(PluginConformance):
+class AgentConformance(PluginConformance[Agent]):
     """What every agent promises, on a toy problem with a known optimum."""
 
     _finished: ClassVar[tuple[Agent, ToyEnv, list[Update]]]
     _handed_out: ClassVar[list[tuple[np.ndarray, np.ndarray]]]
-
-    @abstractmethod
-    def make(self) -> Agent:
-        """Make a fresh instance of the agent under test."""
 
     def environment(self) -> ToyEnv:
         """Make a fresh problem: 6 importances, 8 episodes an update, a budget of 30 updates, noisy rewards."""
@@ -435,7 +417,7 @@ class AgentConformance(PluginConformance):
             np.testing.assert_array_equal(ours, theirs, err_msg="it recommends otherwise")
 
 
-class FamilyConformance(PluginConformance):
+class FamilyConformance(PluginConformance[Plugin]):
     """What a family promises of its tiny model: set ``family`` to its name, with the package that has it installed."""
 
     family: ClassVar[str]
