@@ -328,7 +328,7 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     """
     from matplotlib.ticker import NullLocator  # slow to import, and not every command draws
 
-    figure = new_figure(10.0, 5.0)
+    figure = new_figure(10.0, 5.0, table.title)
     axes: Any = figure.add_subplot()
     axes.set_xscale("log", base=2)
     searches, rules = _searches_and_rules(table, results)
@@ -367,7 +367,6 @@ def bench_figure(table: BenchTable, results: Sequence[CellResult], path: Path) -
     axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1e3:{',.0f' if tokens >= 1e3 else '.1g'}}")
     axes.set_xlabel("tokens evaluated (thousands, log scale)")
     axes.set_ylabel("report perplexity of the incumbent")
-    figure.suptitle(table.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes)
     if axes.get_legend_handles_labels()[0]:  # beside the axes, where it covers no curve
         title = "Final perplexity (hollow marker, at\nthe tokens of search and finals);\nband: range of seeds"

@@ -117,7 +117,7 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
     differing = [found for found in differing if not found.is_tie] or differing
     limit = FAR * float(np.median([_reach(found) for found in differing])) if differing else math.inf
     edge = 1.2 * max(_reach(found) for found in every if abs(found.mean) <= limit)
-    figure = new_figure(width=9.0, height=1.7 + 0.38 * len(differences))
+    figure = new_figure(9.0, 1.7 + 0.38 * len(differences), f"Difference from {reference}")
     axes: Any = figure.add_subplot()
     axes.axvline(0, color=BLACK, linewidth=1)
     for place, (_, found) in enumerate(differences):
@@ -134,7 +134,6 @@ def differences_figure(differences: Sequence[tuple[str, Difference]], reference:
     axes.margins(x=0.08)
     far = "; arrow: off scale" * any(abs(found.mean) > limit for found in every)
     axes.set_xlabel(f"nats per token on the same windows, 95 % intervals (left of 0: better; hollow: a tie{far})")
-    figure.suptitle(f"Difference from {reference}", x=0.01, ha="left", fontsize=12, fontweight="bold")
     tidy(axes, grid="x")
     return save_figure(figure, path)
 

@@ -74,7 +74,7 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
         allocations: by label; the first is the found one and drawn as bars, the others as lines for reference.
     """
     kinds = _by_kind(sublayers)
-    figure = new_figure(width=9.0, height=2.6 * len(kinds))
+    figure = new_figure(9.0, 2.6 * len(kinds), title)
     panels = figure.subplots(len(kinds), 1, sharex=True, sharey=True)
     for axes, (kind, indices) in zip(panels, kinds.items(), strict=True):
         layers = [sublayers[index].layer for index in indices]
@@ -105,7 +105,6 @@ def draw_units_kept(sublayers: Sequence[Sublayer], allocations: Mapping[str, All
     handles, labels = panels[0].get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
     _legend(figure, {label: by_label[label] for label in allocations})
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 
@@ -138,7 +137,8 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> Figu
     searches = {label: history for label, history in episodes.items() if history}
     scheduled = any(len({episode.target_sparsity for episode in history}) > 1 for history in searches.values())
     ranged = any(bool((np.diff([e.target_sparsity for e in history]) < 0).any()) for history in searches.values())
-    figure = new_figure(width=9.0, height=5.0 if scheduled else 4.0)
+    title = f"Reward of every episode, and {'mean of every update' if ranged else 'moving mean'}"
+    figure = new_figure(9.0, 5.0 if scheduled else 4.0, title)
     if scheduled:
         rewards, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         _draw_schedule(bottom, searches)
@@ -163,8 +163,6 @@ def reward_figure(episodes: Mapping[str, Sequence[Episode]], path: Path) -> Figu
     tidy(rewards)
     bottom.set_xlabel("tokens evaluated so far (thousands)")
     bottom.set_xlim(left=0)
-    title = f"Reward of every episode, and {'mean of every update' if ranged else 'moving mean'}"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return save_figure(figure, path)
 
 
@@ -200,7 +198,7 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
     shares = 100 * np.array([e.kept for e in history]) / np.array([sublayer.units for sublayer in sublayers])
     means = np.array([shares[updates == update].mean(axis=0) for update in np.unique(updates)])
     kinds = _by_kind(sublayers)
-    figure = new_figure(width=9.0, height=3.0 * len(kinds))
+    figure = new_figure(9.0, 3.0 * len(kinds), title)
     panels = figure.subplots(len(kinds), 1, sharex=True)
     for axes, (kind, rows) in zip(panels, kinds.items(), strict=True):
         name, units = UNIT_NAMES[kind]
@@ -214,7 +212,6 @@ def allocations_figure(sublayers: Sequence[Sublayer], history: Sequence[Episode]
         figure.colorbar(image, ax=axes, pad=0.01)
     panels[-1].set_xlabel("update of the search")
     panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return save_figure(figure, path)
 
 
@@ -236,13 +233,15 @@ def _tokens_so_far(history: Sequence[Episode]) -> NDArray[np.float64]:
     return np.cumsum([episode.tokens for episode in history]) / 1e3
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Make a figure (inches) that no window and no global state knows."""
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """Make a figure (inches) with a title, that no window and no global state knows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
 
 

@@ -96,7 +96,7 @@ def point_name(target: float) -> str:
 @default_style()
 def front_figure(front: Front, path: Path) -> Figure:
     """Draw report perplexity against sparsity, the found allocations strong, the rules beside them."""
-    figure = new_figure(width=8.0, height=5.0)
+    figure = new_figure(8.0, 5.0, f"One policy, {len(front.points)} budgets")
     axes: Any = figure.add_subplot()
     targets = [100 * point.target for point in front.points]
     for number, label in enumerate(front.labels):
@@ -123,7 +123,6 @@ def front_figure(front: Front, path: Path) -> Figure:
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in labelled else "")
     axes.set_xlabel(f"share of the prunable {front.points[0].allocation.resource} removed (%)")
     axes.set_ylabel("report perplexity (log scale)")
-    axes.set_title(f"One policy, {len(front.points)} budgets", loc="left", fontweight="bold")
     axes.legend(frameon=False, fontsize=9)
     tidy(axes)
     return save_figure(figure, path)
