@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.text import Text
 
 from ffgym.data.cache import cache_dir, size_limit
@@ -14,11 +15,6 @@ from ffgym.plan.plan import Plan
 from ffgym.report.layout import Table, humane, text_columns
 from ffgym.report.progress import clock
 from ffgym.types import JSONDict
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
 
 
 def to_json(plan: Plan) -> JSONDict:

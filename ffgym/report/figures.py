@@ -20,7 +20,6 @@ from ffgym.types import Allocation, Episode, Kind, Sublayer
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 DPI = 150
 AROUND = 2  # updates before and after one that its moving mean takes in
@@ -228,7 +227,7 @@ def _draw_schedule(axes: Axes, searches: Mapping[str, Sequence[Episode]]) -> Non
     tidy(axes)
 
 
-def _tokens_so_far(history: Sequence[Episode]) -> NDArray[np.float64]:
+def _tokens_so_far(history: Sequence[Episode]) -> np.ndarray:
     """Thousands of tokens evaluated when each episode was done, shape (episodes,)."""
     return np.cumsum([episode.tokens for episode in history]) / 1e3
 

@@ -10,15 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ffgym.report.layout import Column, R, numeric
 from ffgym.types import JSONDict
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 # how a table explains its differences
@@ -108,12 +104,12 @@ def difference_columns(
     return [numeric(f"nats against {against}", text, plain, spare=spare)] if any(map(difference, rows)) else []
 
 
-def standard_error(values: Sequence[float] | NDArray[np.float64]) -> float | None:
+def standard_error(values: Sequence[float] | np.ndarray) -> float | None:
     """Standard error of the mean; ``None`` for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def margin(*samples: Sequence[float] | NDArray[np.float64]) -> float:
+def margin(*samples: Sequence[float] | np.ndarray) -> float:
     """Half the 95 % interval of a sum of independent samples' means (Welch, Satterthwaite); infinite for one value."""
     errors = [standard_error(values) for values in samples]
     if None in errors:
