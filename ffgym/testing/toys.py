@@ -54,7 +54,7 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
     def __init__(self, num_envs: int, dimensions: int, tokens: int, *, noise: float = 0.0) -> None:
         self.num_envs = num_envs
         self.tokens = tokens
-        self.tokens_spent = 0
+        self.tokens_spent = self._update = 0
         self.noise = noise
         self.optimum = np.random.default_rng(7).uniform(-0.7, 0.7, dimensions)
         self.units = np.full(dimensions, UNITS)
@@ -90,6 +90,8 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin; the seed fixes the noise that follows."""
         super().reset(seed=first_seed(seed))
+        self._update = 0
+        self._begin()
         return self._observations(), {}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -116,7 +118,12 @@ class ToyEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray], ABC):
             slopes = self._slopes(offsets)
             slopes[self.slope_episodes :] = 0.0
             infos["final_info"]["slopes"] = slopes
+        self._update += 1
+        self._begin()
         return self._observations(), rewards, done, np.zeros(len(actions), dtype=bool), infos
+
+    def _begin(self) -> None:
+        """Get ready for the next update."""
 
     def _slopes(self, offsets: np.ndarray) -> np.ndarray:
         """Derivative of the negative reward by every importance, by central differences, shape (batch, dimensions)."""
@@ -175,8 +182,7 @@ class BudgetRangeEnv(ToyEnv):
         middle, direction = rng.uniform(-0.4, 0.4, dimensions), rng.uniform(-1.0, 1.0, dimensions)
         self._middle, direction = middle - middle.mean(), direction - direction.mean()
         self._drift = DRIFT * direction / np.sqrt(np.mean(direction**2))
-        self._first_place, self._update = 0.5, 0
-        self.sparsity = self._drawn()
+        self.sparsity = sum(self.budgets) / 2
         self.optimum = self.optimum_at(self.sparsity)
 
     def optimum_at(self, sparsity: float) -> np.ndarray:
@@ -189,24 +195,11 @@ class BudgetRangeEnv(ToyEnv):
         """1 - mean square of the offset, times 1 + 4 sparsity."""
         return np.asarray(1 - (1 + 4 * self.sparsity) * np.mean(offsets**2, axis=1))
 
-    def reset(
-        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Begin; the seed fixes the noise and the targets that follow."""
-        super().reset(seed=seed, options=options)
-        self._first_place, self._update = float(self.np_random.random()), 0
-        return self._next(), {}
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Reward one update at its target, and go on to the next target."""
-        _, rewards, terminated, truncated, infos = super().step(actions)
-        self._update += 1
-        return self._next(), rewards, terminated, truncated, infos
-
-    def _next(self) -> np.ndarray:
+    def _begin(self) -> None:
+        if not self._update:
+            self._first_place = float(self.np_random.random())
         self.sparsity = self._drawn()
         self.optimum = self.optimum_at(self.sparsity)
-        return self._observations()
 
     def _drawn(self) -> float:
         low, high = self.budgets
