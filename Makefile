@@ -34,7 +34,7 @@ test-all: $(VENV)/.installed-llama-cpp
 	$(PYTEST) $(ARGS)
 
 test-vllm: $(VENV)/.installed-dev $(VENV)-vllm/.installed
-	VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving $(ARGS)
+	FFGYM_VLLM_PYTHON=$(CURDIR)/$(VENV)-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serving $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

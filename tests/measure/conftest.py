@@ -41,7 +41,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} {fake_engine.__file__} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
-    monkeypatch.setenv("VLLM_PYTHON", str(python))
+    monkeypatch.setenv("FFGYM_VLLM_PYTHON", str(python))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "asked.jsonl"))
     return tmp_path / "asked.jsonl"
 

@@ -88,7 +88,7 @@ def test_sublayers_that_add_up_to_more_than_the_whole_are_too_noisy_for_a_budget
 @pytest.mark.usefixtures("paced")
 def test_the_same_engine_on_another_device_is_timed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed().device != "Abacus"
-    monkeypatch.setenv("VLLM_PYTHON", str(shutil.copy(tmp_path / "python", tmp_path / "python-there")))
+    monkeypatch.setenv("FFGYM_VLLM_PYTHON", str(shutil.copy(tmp_path / "python", tmp_path / "python-there")))
     monkeypatch.setenv("FAKE_GPU", "Abacus")
     assert timed().device == "Abacus"
 
@@ -136,8 +136,8 @@ def test_a_run_counts_the_times_of_an_engine(log: Path, tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_installed_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
-    with pytest.raises(ModelError, match="VLLM_PYTHON names /no/such/python, which is no program"):
+    monkeypatch.setenv("FFGYM_VLLM_PYTHON", "/no/such/python")
+    with pytest.raises(ModelError, match="FFGYM_VLLM_PYTHON names /no/such/python, which is no program"):
         timed(model="no/such/model")
 
 

@@ -214,7 +214,7 @@ def test_a_server_that_dies_shows_its_errors_and_leaves_its_log(
     assert "HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 " in command
     assert f"--model {glass_home() / 'glass'}" in command
     assert rest == printed
-    environment = command.partition(os.environ["VLLM_PYTHON"])[0]
+    environment = command.partition(os.environ["FFGYM_VLLM_PYTHON"])[0]
     subprocess.run([*shlex.split(environment), "true"], check=True)  # a shell can start it again
     assert_no_process_is_left(log)
 
@@ -266,10 +266,10 @@ def test_engines_that_are_not_installed_name_what_to_install(
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "executable", python)
     for variable in (python, ""):  # a job script may leave it empty
-        monkeypatch.setenv("VLLM_PYTHON", variable)
+        monkeypatch.setenv("FFGYM_VLLM_PYTHON", variable)
         error = refused(pruned)
         assert error.message == f"vLLM is not installed for {python}"
-        assert "VLLM_PYTHON=" in str(error.hint)
+        assert "FFGYM_VLLM_PYTHON=" in str(error.hint)
     error = refused(pruned, "llama-cpp")
     assert "is not installed" in error.message
     assert "llama-server on the PATH" in str(error.hint)
@@ -277,16 +277,16 @@ def test_engines_that_are_not_installed_name_what_to_install(
 
 def test_a_variable_that_names_no_program_is_named(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for given in (sys.prefix, "/no/such/python"):
-        monkeypatch.setenv("VLLM_PYTHON", given)
+        monkeypatch.setenv("FFGYM_VLLM_PYTHON", given)
         error = refused(pruned)
-        assert error.message == f"VLLM_PYTHON names {given}, which is no program"
-        assert "VLLM_PYTHON=vllm/bin/python." in str(error.hint)
+        assert error.message == f"FFGYM_VLLM_PYTHON names {given}, which is no program"
+        assert "FFGYM_VLLM_PYTHON=vllm/bin/python." in str(error.hint)
 
 
 def test_a_folder_without_a_tokenizer_is_refused_before_an_engine_is_asked(
     pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_PYTHON", "/no/such/python")
+    monkeypatch.setenv("FFGYM_VLLM_PYTHON", "/no/such/python")
     without = tmp_path / "model"
     shutil.copytree(pruned, without, ignore=shutil.ignore_patterns("tokenizer*"))
     assert "holds no tokenizer" in refused(without).message
@@ -305,7 +305,7 @@ def test_a_vllm_that_does_not_work_is_not_called_absent(
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{ending}\n", encoding="utf-8")
     python.chmod(0o755)
-    monkeypatch.setenv("VLLM_PYTHON", str(python))
+    monkeypatch.setenv("FFGYM_VLLM_PYTHON", str(python))
     assert refused(pruned).message == f"vLLM cannot be used with {python}: {reason}"
 
 

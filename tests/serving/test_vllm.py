@@ -21,10 +21,10 @@ from ffgym.models.loading import load
 from ffgym.models.sublayer import parameter
 from ffgym.testing.models import EXPERT_FAMILIES, TINY_FAMILIES, tiny_model
 
-PYTHON = os.environ.get("VLLM_PYTHON")
+PYTHON = os.environ.get("FFGYM_VLLM_PYTHON")
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(PYTHON is None, reason="VLLM_PYTHON names no environment with vLLM: make test-vllm makes one"),
+    pytest.mark.skipif(PYTHON is None, reason="FFGYM_VLLM_PYTHON names no Python with vLLM: make test-vllm makes one"),
 ]
 NEW_TOKENS = 16
 PROMPTS = torch.randint(3, 128, (4, 12), generator=torch.Generator().manual_seed(1)).tolist()
