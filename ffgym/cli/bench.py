@@ -32,8 +32,6 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Run many searches on equal terms and compare them; earlier results are kept."""
-    from rich.console import Console
-
     from ffgym.bench.bench import CellsError
     from ffgym.bench.bench import bench as run_bench
 
@@ -41,13 +39,7 @@ def bench(
         raise typer.BadParameter("name at least one bench file, e.g. experiments/bench/sparsity-20.toml")
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            tables = run_bench(
-                files,
-                progress=Console(stderr=True),
-                only_report=only_report,
-                workers=workers,
-                ray_address=ray_address,
-            )
+            tables = run_bench(files, only_report=only_report, workers=workers, ray_address=ray_address)
     except KeyboardInterrupt:
         typer.echo(
             "finished episodes are kept: the same command continues, --report shows the results so far", err=True

@@ -76,7 +76,6 @@ def measure(
     output = _checked(output, (".md", ".json"), overwrite)
     from rich.console import Console
 
-    progress = Console(stderr=True)
     found: Any
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
@@ -92,7 +91,6 @@ def measure(
                 dtype=dtype,
                 device=device,
                 threads=threads,
-                progress=progress,
             )
         else:
             _refuse_device(device)
@@ -107,7 +105,6 @@ def measure(
                 dtype=dtype,
                 threads=threads,
                 arguments=_arguments(engine_args),
-                progress=progress,
                 **_given(prompt_lengths=lengths, output_tokens=output_tokens),
             )
     tables = found.tables()
@@ -164,7 +161,6 @@ def latency(
     from ffgym.costs.latency_report import layout
     from ffgym.costs.latency_table import to_json
 
-    progress = Console(stderr=True)
     chosen = _given(requests=batch_size, output_tokens=output_tokens, repetitions=repetitions)
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
@@ -178,7 +174,6 @@ def latency(
                 device=device,
                 threads=threads,
                 rebuild=rebuild,
-                progress=progress,
                 **chosen,
             )
         else:
@@ -193,7 +188,6 @@ def latency(
                 threads=threads,
                 arguments=_arguments(engine_args),
                 rebuild=rebuild,
-                progress=progress,
                 **chosen,
             )
     if output is not None:

@@ -63,7 +63,7 @@ def recover(
     if known is None:
         typer.echo("found no config.toml of the run next to the model: the splits are those of your options", err=True)
     with contextlib.redirect_stdout(sys.stderr):
-        result = recover.recover(config, folder, output=output, overwrite=overwrite, progress=Console(stderr=True))
+        result = recover.recover(config, folder, output=output, overwrite=overwrite)
     if as_json:
         print_json(result.to_json())
     else:

@@ -47,7 +47,7 @@ def run(config: RunConfig, resume: ResumeOption = None, as_json: JsonOption = Fa
     from ffgym.pipeline import start
 
     with contextlib.redirect_stdout(sys.stderr):  # what libraries print is progress; stdout is for the result
-        result = start.run(config, progress=Console(stderr=True), resume=resume)
+        result = start.run(config, resume=resume)
     if as_json:
         print_json(result.to_json())
     else:

@@ -24,6 +24,7 @@ from typing import Any
 from ffgym.measure.engines import Setting
 from ffgym.measure.server import HOST, Running, Server, running
 from ffgym.measure.speed import Workload
+from ffgym.report.progress import Reporter
 
 ANSWER_SECONDS = 900
 END_SECONDS = 1  # a connection may close a moment before its server has ended
@@ -80,10 +81,9 @@ def serve_in_turn(
     workloads: Sequence[Workload],
     prompt: Callable[[int, str], str],
     setting: Setting,
+    reporter: Reporter,
     *,
     together: bool,
-    on_started: Callable[[], None],
-    on_progress: Callable[[int, str], None],
 ) -> Bursts:
     """Serve every workload several times, each time by all servers, and once more after a server's start.
 
@@ -92,8 +92,6 @@ def serve_in_turn(
         prompt: makes a prompt of so many tokens from a seed.
         setting: how long answers are, how often all is repeated, and where what servers print goes.
         together: all servers run at the same time; else each is started for its turn.
-        on_started: called once all servers run at the same time.
-        on_progress: called with the number of bursts that have just been counted, and what is going on.
 
     Raises:
         ModelError: a server that dies, or does not answer as it should.
@@ -105,28 +103,28 @@ def serve_in_turn(
         prompts = [prompt(workload.length, f"{seed} {workload} {index}") for index in range(workload.batch)]
         return send(up[server.role], prompts, setting.output_tokens)
 
-    with ExitStack() as stack:
+    order = list(product(range(setting.repetitions), servers, workloads))
+    with reporter.stage("serve, in turn", len(order), "bursts") as stage, ExitStack() as stack:
 
         def start(server: Server) -> None:
             if not together:
                 up.clear()
                 stack.close()
-            on_progress(0, f"starting: {server.role}")
+            stage.advance(0, f"starting: {server.role}")
             up[server.role] = stack.enter_context(running(server, setting.scratch / f"{server.role}.log"))
             for workload in workloads:
                 burst(server, workload, "warm")
 
-        order = list(product(range(setting.repetitions), servers, workloads))
         if together:
             for server in servers:  # warmed up before any turn is measured
                 start(server)
-            on_started()
+            stage.restart()
             order.sort(key=lambda turn: (turn[0], workloads.index(turn[2])))
         for repetition, server, workload in order:
             if server.role not in up:
                 start(server)
             found.setdefault((server.role, workload), []).append(burst(server, workload, str(repetition)))
-            on_progress(1, f"serving: {server.role}")
+            stage.advance(1, f"serving: {server.role}")
     return found
 
 

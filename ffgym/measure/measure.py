@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from ffgym.costs.latency_cache import cached_table, check_context, place_of
 from ffgym.costs.latency_table import LatencyTable
@@ -49,7 +48,6 @@ def measure(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
-    progress: Console | None = None,
 ) -> Measurement:
     """Measure a saved model beside the dense one: what ``ffgym measure`` shows.
 
@@ -57,7 +55,7 @@ def measure(
         ModelError: a folder that is no model, two models that do not belong together, or one that cannot be loaded.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
     """
-    reporter = Reporter(progress)
+    reporter = Reporter()
     folder = model_folder(folder)
     source = dense_model(folder, dense)
     with source.named():
@@ -81,7 +79,6 @@ def latency_table(
     threads: int | None = None,
     repetitions: int = REPETITIONS,
     rebuild: bool = False,
-    progress: Console | None = None,
 ) -> tuple[LatencyTable, Path]:
     """The latency table of a model on this machine, and where the cache keeps it: what ``ffgym latency`` shows.
 
@@ -90,7 +87,7 @@ def latency_table(
         BudgetError: it takes fewer tokens than ``context``.
     """
     check_context(context, context_limit(model))  # loading a large model takes minutes
-    reporter = Reporter(progress)
+    reporter = Reporter()
     with computing_threads(threads):
         with reporter.stage("load the model", 1):
             loaded = load(model, dtype=dtype, device=device)

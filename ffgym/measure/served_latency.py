@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from ffgym.costs.latency_cache import place_of, timed_once
 from ffgym.costs.latency_fit import grid, seconds_without
@@ -63,7 +62,6 @@ def served_latency_table(
     threads: int | None = None,
     arguments: Sequence[str] = (),
     rebuild: bool = False,
-    progress: Console | None = None,
 ) -> tuple[LatencyTable, Path]:
     """The latency table of a model in an engine on this machine, and where the cache keeps it: ``ffgym latency``.
 
@@ -80,7 +78,7 @@ def served_latency_table(
             f"--output-tokens is {output_tokens}, and a request has --context = {context} tokens with its answer",
             hint="Use fewer than the context.",
         )
-    reporter = Reporter(progress)
+    reporter = Reporter()
     with tempfile.TemporaryDirectory(prefix="ffgym-serving-") as folder:
         setting = Setting(
             dtype=dtype,
@@ -152,16 +150,8 @@ def _timed(
     turns = "taking turns" if together else "started anew for each turn"
     reporter.print(f"{fleet.version}, {setting.dtype}, {counted(len(fleet.servers), 'server')}, {turns}")
     workload = Workload(setting.requests, context - setting.output_tokens)
-    with reporter.stage("serve, in turn", setting.repetitions * len(fleet.servers), "bursts") as stage:
-        found = serve_in_turn(
-            fleet.servers,
-            [workload],
-            prompt_maker(loaded.tokenizer),
-            setting,
-            together=together,
-            on_started=stage.restart,
-            on_progress=stage.advance,
-        )
+    prompts = prompt_maker(loaded.tokenizer)
+    found = serve_in_turn(fleet.servers, [workload], prompts, setting, reporter, together=together)
     seconds = {role: np.array([burst.seconds for burst in bursts]) for (role, _), bursts in found.items()}
     whole = Spread.of(seconds[DENSE]).median
     # A machine that gets slower makes the dense model slower too: what counts is the ratio within a repetition.

@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from ffgym.costs.latency_cache import BUSY
 from ffgym.costs.timing import Spread, ends
@@ -138,7 +137,6 @@ def measure_serving(
     dtype: str = "auto",
     threads: int | None = None,
     arguments: Sequence[str] = (),
-    progress: Console | None = None,
 ) -> ServingMeasurement:
     """Measure how fast an engine serves a saved model and the dense one: what ``ffgym measure --engine`` shows.
 
@@ -147,7 +145,7 @@ def measure_serving(
             or cannot represent a model, a server that dies or does not answer.
         ConfigError: no record of the dense model, or prompts that are too long for the models.
     """
-    reporter = Reporter(progress)
+    reporter = Reporter()
     pruned = model_folder(folder)
     source = dense_model(pruned, dense)
     dense_folder = _dense_folder(source)
@@ -173,17 +171,7 @@ def measure_serving(
         together = fleet.fits_memory()
         reporter.print(f"dense: {source.name}, named by {source.said_by}; pruned: {pruned}")
         reporter.print(f"{fleet.version}, {dtype}, {counted(len(fleet.servers), 'server')}")
-        turns = repetitions * len(fleet.servers) * len(workloads)
-        with reporter.stage("serve, in turn", turns, "bursts") as stage:
-            found = serve_in_turn(
-                fleet.servers,
-                workloads,
-                prompts,
-                setting,
-                together=together,
-                on_started=stage.restart,
-                on_progress=stage.advance,
-            )
+        found = serve_in_turn(fleet.servers, workloads, prompts, setting, reporter, together=together)
     tokens = [answer.tokens for bursts in found.values() for burst in bursts for answer in burst.answers]
     return ServingMeasurement(
         engine=fleet.version,

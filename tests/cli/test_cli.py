@@ -27,6 +27,7 @@ from ffgym.config.tables import RunConfig
 from ffgym.config.toml import load_config
 from ffgym.pipeline.start import settle
 from ffgym.plugins import discovery, kinds, manager
+from ffgym.report.progress import Reporter
 
 pytestmark = pytest.mark.usefixtures("only_builtins")
 
@@ -66,7 +67,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     def run(config: RunConfig, progress: Any, resumed: Path | None) -> Result:
         seen.append(config)
         print("a library talks")
-        progress.print("progress")
+        Reporter(progress).print("progress")
         return Result()
 
     replace_module(monkeypatch, "ffgym.pipeline.pipeline", run_stages=run)

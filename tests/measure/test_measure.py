@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from glass_runs import glass_home
-from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -44,7 +42,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def measure_quickly(folder: Path, **changes: Any) -> Measurement:
     quick: dict[str, Any] = {"batch_sizes": (1,), "prompt_lengths": (16,), "repetitions": 1}
-    quick |= {"dtype": "float32", "device": "cpu", "progress": Console(file=io.StringIO())}
+    quick |= {"dtype": "float32", "device": "cpu"}
     return measure(folder, **(quick | changes))
 
 
@@ -118,7 +116,7 @@ def test_the_callers_autocast_is_not_what_is_timed(
     )
     with watch, torch.autocast("cpu", dtype=torch.bfloat16):
         measure_quickly(run)
-        latency_table(str(glass_home() / "glass"), 16, repetitions=1, progress=Console(file=io.StringIO()))
+        latency_table(str(glass_home() / "glass"), 16, repetitions=1)
     assert modes == {False}
 
 
@@ -137,11 +135,11 @@ def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: li
 # what is refused
 
 
-def test_prompts_that_are_too_long(run: Path) -> None:
+def test_prompts_that_are_too_long(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="--prompt-lengths 120: the models take at most 128 tokens") as raised:
-        measure_quickly(run, prompt_lengths=(16, 120), progress=Console(file=(said := io.StringIO())))
+        measure_quickly(run, prompt_lengths=(16, 120))
     assert "at most 112" in str(raised.value.hint)
-    assert said.getvalue() == "", "before either model is loaded"
+    assert capsys.readouterr().err == "", "before either model is loaded"
 
 
 def test_prompts_that_do_not_fit_the_memory(run: Path) -> None:
@@ -250,13 +248,13 @@ def test_latency_is_timed_once_shown_and_written(tmp_path: Path, monkeypatch: py
     written.check_fits(load(glass, dtype="float32").model, context=64, source="")
 
 
-def test_latency_of_what_cannot_be_timed(run: Path, tmp_path: Path) -> None:
-    glass, quiet = str(glass_home() / "glass"), Console(file=io.StringIO())
+def test_latency_of_what_cannot_be_timed(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    glass = str(glass_home() / "glass")
     with pytest.raises(ModelError, match="already pruned by ffgym"):
-        latency_table(str(run / "model"), 64, progress=quiet)
+        latency_table(str(run / "model"), 64)
     with pytest.raises(BudgetError, match="at most 128"):
-        latency_table(glass, 1024, progress=quiet)
-    assert quiet.file.getvalue().count("load the model") == 1, "too long a context is refused before that"
+        latency_table(glass, 1024)
+    assert capsys.readouterr().err.count("load the model") == 1, "too long a context is refused before that"
     done = call("latency", glass, "--output", str(tmp_path / "table.md"))
     assert done.exit_code == 1
     assert "Use a name that ends in .json" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 from fake_engine import noted
 from glass_runs import glass_home
-from rich.console import Console
 from tiny_tokenizers import byte_level
 from typer.testing import CliRunner
 
@@ -40,7 +38,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def timed(**changes: Any) -> LatencyTable:
     given = {"model": GLASS, "engine": "vllm"} | QUICK | changes
-    return served_latency_table(**given, progress=Console(file=io.StringIO()))[0]
+    return served_latency_table(**given)[0]
 
 
 def pace(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, int], float]) -> None:
@@ -73,16 +71,15 @@ def test_a_sublayer_takes_its_share_of_what_its_units_add() -> None:
 
 
 def test_sublayers_that_add_up_to_more_than_the_whole_are_too_noisy_for_a_budget(
-    log: Path, monkeypatch: pytest.MonkeyPatch
+    log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for least, is_said in ((0.6, False), (0.2, True)):  # of the time, without attention or without MLP
         share = 1 - least
         pace(monkeypatch, lambda attention, mlp, share=share: 1 - share * (2 - attention / 2 - mlp / 341))
         for rebuild in (True, False):
-            progress = io.StringIO()
-            served_latency_table(GLASS, "vllm", **QUICK, rebuild=rebuild, progress=Console(file=progress))
+            timed(rebuild=rebuild)
             said = f"the sublayers add up to {2e3 * share:,.3f} ms, more than the 1,000.000 ms of the whole model"
-            assert (said in progress.getvalue()) == is_said
+            assert (said in capsys.readouterr().err) == is_said
 
 
 @pytest.mark.usefixtures("paced")
@@ -103,7 +100,9 @@ def test_an_engine_on_a_gpu_serves_the_dtype_of_the_gpu(monkeypatch: pytest.Monk
     assert timed(dtype="float32").dtype == "float32", "what is asked for wins"
 
 
-def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> None:
+def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = timed()
     started = len(noted(log, "started"))
     assert started == 1 + sum(len(curve.sizes) - 1 for curve in table.curves)
@@ -111,9 +110,9 @@ def test_a_table_is_timed_once_for_an_engine_and_what_it_is_asked(log: Path) -> 
     assert len(noted(log, "asked")) == started * 3 * 2, "twice after a warm-up"
     assert timed() == table
     assert len(noted(log, "started")) == started
-    said = io.StringIO()
-    served_latency_table(GLASS, "vllm", **{**QUICK, "repetitions": 9}, progress=Console(file=said))
-    assert "from the cache, where each was timed 2 times; --rebuild times again" in " ".join(said.getvalue().split())
+    capsys.readouterr()
+    timed(repetitions=9)
+    assert "from the cache, where each was timed 2 times; --rebuild times again" in capsys.readouterr().err
     assert "vllm-fake 9.9" in table.measured
     assert "2 requests at the same moment, prompts of 22 tokens and answers of 2" in table.measured
     timed(requests=1)

@@ -23,7 +23,6 @@ import pytest
 from fake_engine import noted
 from glass_runs import glass_home
 from processes import has_ended, interrupted, until
-from rich.console import Console
 from typer.testing import CliRunner
 
 from ffgym.cli import app
@@ -45,7 +44,7 @@ def pruned(run: Path) -> Path:
 
 def serve_quickly(folder: Path, **changes: Any) -> ServingMeasurement:
     quick: dict[str, Any] = {"requests": (2,), "prompt_lengths": (16,), "output_tokens": 4, "repetitions": 1}
-    quick |= {"engine": "vllm", "dense": str(glass_home() / "glass"), "progress": Console(file=io.StringIO())}
+    quick |= {"engine": "vllm", "dense": str(glass_home() / "glass")}
     return measure_serving(folder, **(quick | changes))
 
 
@@ -147,9 +146,10 @@ def test_ctrl_c_amid_answers_ends_the_command_and_its_servers(pruned: Path, log:
 
 
 def test_what_servers_take_to_start_says_nothing_of_how_long_they_serve(
-    pruned: Path, log: Path, slow_start: io.StringIO
+    pruned: Path, log: Path, slow_start: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve_quickly(pruned, repetitions=2, progress=Console(file=slow_start))
+    monkeypatch.setattr(sys, "stderr", slow_start)
+    serve_quickly(pruned, repetitions=2)
     said = slow_start.getvalue()
     assert re.findall("(.*) · starting: (.*) · .* elapsed\n", said) == [
         ("serve, in turn: 0/6 bursts", role) for role in ROLES
