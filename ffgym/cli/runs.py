@@ -18,28 +18,22 @@ from ffgym.config.tables import TrackingTable
 from ffgym.errors import ConfigError, TrackingError, UnknownNameError
 from ffgym.tracking.runs import ID_CHARACTERS, TrackedRun, list_runs
 
-COLUMNS = (
-    "id",
-    "name",
-    "status",
-    "started",
-    "agent",
-    "criterion",
-    "seed",
-    "model",
-    "sparsity",
-    "result",
-    "ratio",
-    "tokens",
-)
-HEADS = {"ratio": "x dense"}
-FORMATS = {
+COLUMNS = {
+    "id": f"{{:.{ID_CHARACTERS}}}",
+    "name": "{}",
+    "status": "{}",
+    "started": "{:%Y-%m-%d %H:%M}",
+    "agent": "{}",
+    "criterion": "{}",
+    "seed": "{}",
+    "model": "{}",
     "sparsity": "{:.1%}",
     "result": "{:,.2f}",
     "ratio": "{:.3f}",
     "tokens": "{:,}",
-    "started": "{:%Y-%m-%d %H:%M}",
 }
+"""The columns, and how a value of each is shown."""
+HEADS = {"ratio": "x dense"}
 
 
 @app.command()
@@ -128,7 +122,7 @@ def _cell(run: TrackedRun, column: str) -> str:
         return f"{count} agents"
     if isinstance(value, datetime):
         value = value.astimezone()  # local time, which the names of runs show too
-    return run.id[:ID_CHARACTERS] if column == "id" else FORMATS.get(column, "{}").format(value)
+    return COLUMNS[column].format(value)
 
 
 @app.command()

@@ -115,15 +115,19 @@ def evaluate_task(
 
 
 def _scored(model: LoadedModel, metric: Metric, limit: int | None, on_progress: OnStep) -> TaskResult:
-    """A metric's scores as the result of a task: their mean, with its standard error."""
+    """A metric's scores as the result of a task."""
     from ffgym.models.modes import own_modes  # torch: unknown names are refused before it is loaded
 
     with own_modes():  # lm-eval has modes of its own
         scores = score(metric, model.model, model.tokenizer, limit, on_progress)
+    return _of_scores(metric.name, str(metric.edition), metric.text, scores)
+
+
+def _of_scores(task: str, version: str, split: str, scores: Sequence[float]) -> TaskResult:
+    """The mean of the scores of examples, with its standard error."""
     count, broken = len(scores), sum(not math.isfinite(number) for number in scores)
-    error = None if broken else standard_error(scores)
-    figure = Figure("mean", sum(scores) / count, error)
-    return TaskResult(metric.name, str(metric.edition), metric.text, count, count, (figure,), not_finite=broken)
+    mean = Figure("mean", sum(scores) / count, None if broken else standard_error(scores))
+    return TaskResult(task, version, split, count, count, (mean,), not_finite=broken)
 
 
 def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress: OnStep) -> TaskResult:
@@ -133,20 +137,11 @@ def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress:
 
     with own_modes():
         found = text_losses(model.model, model.tokenizer, corpus, limit=limit, on_progress=on_progress)
-    count, broken = len(found.losses), sum(not math.isfinite(loss) for loss in found.losses)
-    perplexity = perplexity_of(sum(found.losses) / count)
-    error = None if broken else standard_error(found.losses)
-    figure = Figure("perplexity", perplexity, None if error is None else error * perplexity)
-    return TaskResult(
-        task=corpus.name,
-        version="",
-        split=corpus.split,
-        examples=count,
-        available=count,
-        metrics=(figure,),
-        not_finite=broken,
-        text=found,
-    )
+    result = _of_scores(corpus.name, "", corpus.split, found.losses)
+    (loss,) = result.metrics
+    perplexity = perplexity_of(loss.value)
+    figure = Figure("perplexity", perplexity, None if loss.stderr is None else loss.stderr * perplexity)
+    return replace(result, metrics=(figure,), text=found)
 
 
 def _metrics(found: Mapping[str, Any]) -> tuple[Figure, ...]:

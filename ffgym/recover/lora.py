@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -125,9 +125,11 @@ def train_lora(setup: TrainingSetup, options: Any, on_step: Callable[[LoraCurve]
     """
     model, checkpoint = setup.model, setup.checkpoint
     saved = None if checkpoint is None else checkpoint.load(PART, LoraCurve)
-    recomputed = _checkpointed_activations(model, options.gradient_checkpointing)
     gpus = [device for device in devices_of(model) if device.type == "cuda"]
-    with torch.random.fork_rng(gpus), recomputed:
+    with torch.random.fork_rng(gpus), ExitStack() as stack:
+        if options.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+            stack.callback(model.activation_checkpointing_disable)
         torch.manual_seed(setup.seed)
         adapted = _add_adapters(model, dense_or_pruned_family_of(model), options)
         training = _Training(setup, options.checkpoint_every, on_step)
@@ -294,16 +296,3 @@ def merge(model: nn.Module) -> None:
             weight = module.get_base_layer().weight
             down, up = (matrix[ADAPTER].weight.float() for matrix in (module.lora_A, module.lora_B))
             weight.copy_(torch.addmm(weight.float(), up, down, alpha=module.scaling[ADAPTER]))
-
-
-@contextmanager
-def _checkpointed_activations(model: Any, wanted: bool) -> Iterator[None]:
-    """Recompute activations in backward passes for a while."""
-    if not wanted:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()

@@ -122,7 +122,7 @@ def test_a_store_or_an_experiment_that_is_not_there_is_named(root, tmp_path):
 
 def test_the_list_shows_what_runs_are_compared_by(root):
     head, *lines = listed(root, "--filter", "name=first").splitlines()
-    assert re.split(r"  +", head) == [*COLUMNS[:10], "x dense", "tokens"]
+    assert re.split(r"  +", head) == [*list(COLUMNS)[:10], "x dense", "tokens"]
     (line,) = lines
     for part in ("first", "finished", "reinforce  wanda      7     demo", "20.0%", "30.19", "1.540", "196,608"):
         assert part in line
