@@ -34,8 +34,7 @@ def export(
         typer.Option("--gguf", metavar="FILE", help="short for --format gguf --output FILE", show_default=False),
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="f32, f16 or bf16, as --set dtype=...", show_default="the weights'"),
+        str | None, typer.Option("--dtype", help="f32, f16 or bf16, as --set dtype=...", show_default="the weights'")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="an option of the format; repeatable")
@@ -73,13 +72,7 @@ def export(
     if dtype is not None and options.setdefault("dtype", dtype) != dtype:
         raise typer.BadParameter(f"{dtype!r}, and --set dtype says {options['dtype']!r}", param_hint="--dtype")
     with Reporter().stage(f"write {target.name}", 1) as stage:
-
-        def progress(done: int, total: int) -> None:
-            if done == 0:
-                stage.restart()
-            stage(done, total)
-
-        written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=progress)
+        written = write(folder, target, name=name, options=options, overwrite=overwrite, progress=stage)
     if as_json:
         print_json(asdict(written))
         return

@@ -74,12 +74,12 @@ def measure(
     batches = _counts("--batch-sizes", batch_sizes)
     lengths = None if prompt_lengths is None else _counts("--prompt-lengths", prompt_lengths)
     output = _checked(output, (".md", ".json"), overwrite)
+    _check_engine(engine, device, output_tokens=output_tokens, engine_args=engine_args)
     from rich.console import Console
 
     found: Any
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
-            _refuse_without_engine(output_tokens=output_tokens, engine_args=engine_args)
             from ffgym.measure import measure as in_process
 
             found = in_process.measure(
@@ -93,7 +93,6 @@ def measure(
                 threads=threads,
             )
         else:
-            _refuse_device(device)
             from ffgym.measure import serving
 
             found = serving.measure_serving(
@@ -156,6 +155,7 @@ def latency(
     ffgym latency demo --engine vllm --batch-size 4 --output-tokens 128 --output served.json
     """
     output = _checked(output, (".json",), overwrite)
+    _check_engine(engine, device, batch_size=batch_size, output_tokens=output_tokens, engine_args=engine_args)
     from rich.console import Console
 
     from ffgym.costs.latency_report import layout
@@ -164,31 +164,17 @@ def latency(
     chosen = _given(requests=batch_size, output_tokens=output_tokens, repetitions=repetitions)
     with contextlib.redirect_stdout(sys.stderr):
         if engine is None:
-            _refuse_without_engine(batch_size=batch_size, output_tokens=output_tokens, engine_args=engine_args)
             from ffgym.measure import measure as in_process
 
             table, place = in_process.latency_table(
-                model,
-                context,
-                dtype=dtype,
-                device=device,
-                threads=threads,
-                rebuild=rebuild,
-                **chosen,
+                model, context, dtype=dtype, device=device, threads=threads, rebuild=rebuild, **chosen
             )
         else:
-            _refuse_device(device)
             from ffgym.measure import served_latency
 
+            arguments = _arguments(engine_args)
             table, place = served_latency.served_latency_table(
-                model,
-                engine,
-                context,
-                dtype=dtype,
-                threads=threads,
-                arguments=_arguments(engine_args),
-                rebuild=rebuild,
-                **chosen,
+                model, engine, context, dtype=dtype, threads=threads, arguments=arguments, rebuild=rebuild, **chosen
             )
     if output is not None:
         _write(output, to_json(table))
@@ -203,15 +189,13 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _refuse_without_engine(**options: object) -> None:
-    for name, given in options.items():
-        if given:
-            raise typer.BadParameter("goes with --engine", param_hint=f"--{name.replace('_', '-')}")
-
-
-def _refuse_device(device: str) -> None:
-    if device != "auto":
+def _check_engine(engine: Engine | None, device: str, **options: object) -> None:
+    """Refuse a device with an engine, and an engine's options without one."""
+    if engine is not None and device != "auto":
         raise typer.BadParameter("an engine chooses its device itself", param_hint="--device")
+    for name, given in options.items():
+        if given and engine is None:
+            raise typer.BadParameter("goes with --engine", param_hint=f"--{name.replace('_', '-')}")
 
 
 @app.command("eval")

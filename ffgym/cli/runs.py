@@ -39,8 +39,7 @@ HEADS = {"ratio": "x dense"}
 @app.command()
 def runs(
     place: Annotated[
-        Path | None,
-        typer.Argument(metavar="FOLDER", help="only the runs whose folders lie there", show_default=False),
+        Path | None, typer.Argument(metavar="FOLDER", help="only the runs whose folders lie there", show_default=False)
     ] = None,
     filters: Annotated[
         list[str] | None,

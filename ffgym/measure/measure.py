@@ -128,10 +128,6 @@ def _side_by_side(
 
     context = max(workload.length for workload in workloads)
     sizes, dense_folder = meter(context), checkpoint_folder(source.name, revision=source.revision)
-    footprints = (
-        _footprint(dense, sizes(prunable.dense_units), dense_folder),
-        _footprint(pruned, sizes(kept), folder),
-    )
     speeds: list[Speed] = []
     with reporter.stage("speed, in turn", 2 * (repetitions + 1) * len(workloads)) as stage:
         for workload in workloads:
@@ -153,8 +149,8 @@ def _side_by_side(
                 )
     largest = max(workloads, key=lambda workload: (workload.batch * workload.length, workload.length))
     return Measurement(
-        dense=footprints[0],
-        pruned=footprints[1],
+        dense=_footprint(dense, sizes(prunable.dense_units), dense_folder),
+        pruned=_footprint(pruned, sizes(kept), folder),
         speeds=tuple(speeds),
         context=context,
         memory_work=(largest.batch, largest.length),

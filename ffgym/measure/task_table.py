@@ -47,11 +47,7 @@ class TaskTable:
             Column("split", lambda line: line.split, left=True, once=True, look={"no_wrap": True}),
             Column("examples", lambda line: line.examples, once=True, look={"no_wrap": True}),
             *(
-                Column(
-                    model.name,
-                    partial(_at, index),
-                    console_head=Text(model.name, overflow="fold"),
-                )
+                Column(model.name, partial(_at, index), console_head=Text(model.name, overflow="fold"))
                 for index, model in enumerate(self.models)
             ),
         ]

@@ -96,10 +96,7 @@ def evaluate_task(
     )
     with raising_if_out_of_memory(short), quiet():
         found = lm_eval.evaluate(
-            harness,
-            {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}},
-            limit=limit,
-            log_samples=False,
+            harness, {"tasks": {task.name: task.task}, "groups": {}, "group_map": {}}, limit=limit, log_samples=False
         )
     count = found["n-samples"][task.name]
     return TaskResult(

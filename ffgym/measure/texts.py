@@ -29,14 +29,7 @@ class TextLosses:
     digest: str  # of the windows' token ids: losses on equal ones may be compared
 
 
-def text_losses(
-    model: Any,
-    tokenizer: Any,
-    corpus: Corpus,
-    *,
-    limit: int | None,
-    on_progress: OnStep,
-) -> TextLosses:
+def text_losses(model: Any, tokenizer: Any, corpus: Corpus, *, limit: int | None, on_progress: OnStep) -> TextLosses:
     """Measure the first windows of a text; each begins with BOS where the tokenizer adds one, as in a run.
 
     Args:

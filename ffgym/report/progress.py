@@ -114,7 +114,9 @@ class StageProgress:
         self.start_seconds = 0.0  # before the clock was started again
 
     def __call__(self, done: int, total: int) -> None:
-        """Say how far it is, where the total may have become known only now."""
+        """Say how far it is, where the total may have become known only now; 0 done, and the clock starts again."""
+        if done == 0:
+            self.restart()
         self.total = total
         self.advance(done - self.done)
 

@@ -210,13 +210,7 @@ class ReportTable:
         return Table(
             columns,
             self.rows,
-            [
-                *self.verdict,
-                *self._refit_notes(),
-                *([self.warning] if self.warning else []),
-                *self._legend(),
-                self.header,
-            ],
+            [*self.verdict, *self._refit_notes(), self.warning or "", *self._legend(), self.header],
             is_bold=lambda row: row.is_saved,
             is_reference=lambda row: row.is_dense,
             caption="In every pruned row",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,28 @@ from typer.testing import CliRunner
 from ffgym.cli import app
 from ffgym.costs.latency_table import read_table
 from ffgym.errors import BudgetError, ConfigError, ModelError
-from ffgym.measure import measure as measure_module
 from ffgym.measure.measure import latency_table, measure
-from ffgym.measure.memory import Memory
+from ffgym.measure.memory import Memory, MemoryProbe
 from ffgym.measure.table import Measurement
 from ffgym.models.loading import load
 from ffgym.testing.models import tiny_model
 
 
-def make_up_memory(patch: pytest.MonkeyPatch) -> list[Any]:
-    """Memory is made up instead of measured in processes of their own; the jobs."""
-    jobs: list[Any] = []
+def make_up_memory(patch: pytest.MonkeyPatch) -> list[MemoryProbe]:
+    """Memory is made up instead of measured in processes of their own; what these would have done."""
+    jobs: list[MemoryProbe] = []
 
-    def measured(job: Any) -> Memory:
-        jobs.append(job)
-        return Memory("resident", 1000, 5000 - 1000 * len(jobs), 9000 - 1000 * len(jobs))
+    def run(command: list[str], **_: Any) -> Any:
+        jobs.append(MemoryProbe(**json.loads(command[-1])))
+        made_up = Memory("resident", 1000, 5000 - 1000 * len(jobs), 9000 - 1000 * len(jobs))
+        return subprocess.CompletedProcess(command, 0, json.dumps(asdict(made_up)))
 
-    patch.setattr(measure_module, "measure_memory", measured)
+    patch.setattr(subprocess, "run", run)
     return jobs
 
 
 @pytest.fixture
-def no_children(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def no_children(monkeypatch: pytest.MonkeyPatch) -> list[MemoryProbe]:
     return make_up_memory(monkeypatch)
 
 
@@ -85,7 +87,7 @@ def test_how_it_was_measured_is_recorded(found: Measurement) -> None:
     assert found.device
 
 
-def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children: list[Any]) -> None:
+def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children: list[MemoryProbe]) -> None:
     before = torch.get_num_threads()
     result = measure_quickly(run, threads=before + 1)
     assert result.threads == before + 1
@@ -97,7 +99,7 @@ def test_the_run_folder_will_do_and_threads_are_put_back(run: Path, no_children:
     assert [each.memory and each.memory.loaded for each in (result.dense, result.pruned)] == [4000, 3000]
 
 
-def test_the_dense_model_can_be_named(run: Path, no_children: list[Any], tmp_path: Path) -> None:
+def test_the_dense_model_can_be_named(run: Path, no_children: list[MemoryProbe], tmp_path: Path) -> None:
     alone = shutil.copytree(run / "model", tmp_path / "alone", ignore=shutil.ignore_patterns("ffgym.json"))
     with pytest.raises(ConfigError, match="cannot tell which dense model") as caught:
         measure_quickly(alone)
@@ -107,7 +109,7 @@ def test_the_dense_model_can_be_named(run: Path, no_children: list[Any], tmp_pat
 
 
 def test_the_callers_autocast_is_not_what_is_timed(
-    run: Path, no_children: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, no_children: list[MemoryProbe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FFGYM_CACHE", str(tmp_path))
     modes: set[bool] = set()
@@ -120,14 +122,14 @@ def test_the_callers_autocast_is_not_what_is_timed(
     assert modes == {False}
 
 
-def test_a_model_beside_itself_is_no_smaller(no_children: list[Any]) -> None:
+def test_a_model_beside_itself_is_no_smaller(no_children: list[MemoryProbe]) -> None:
     glass = glass_home() / "glass"
     result = measure_quickly(glass, dense=str(glass))
     assert {each.ceiling for each in result.speeds} == {1.0}
     assert result.dense.macs == result.pruned.macs
 
 
-def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: list[Any]) -> None:
+def test_lengths_that_nobody_named_are_those_that_fit(run: Path, no_children: list[MemoryProbe]) -> None:
     result = measure_quickly(run, prompt_lengths=None)
     assert {each.workload.length for each in result.speeds} == {112}  # 128 positions, 16 of them to decode
 
@@ -193,7 +195,7 @@ def call(*arguments: str) -> Any:
 
 
 def test_the_command_prints_the_tables_or_pure_data_and_writes_what_the_suffix_says(
-    run: Path, no_children: list[Any], tmp_path: Path
+    run: Path, no_children: list[MemoryProbe], tmp_path: Path
 ) -> None:
     quick = ["measure", str(run), "--batch-sizes", "1,2", "--prompt-lengths", "8", "--repetitions", "1"]
     markdown, data = tmp_path / "new" / "measure.md", tmp_path / "measure.json"

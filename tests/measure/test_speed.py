@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from distinct_families import DISTINCT_FAMILIES
 
 from ffgym.costs.resource import standard_costs
 from ffgym.costs.size import SizeMeter
-from ffgym.measure import speed
 from ffgym.measure.speed import (
     DECODE_TOKENS,
     Workload,
@@ -77,8 +79,10 @@ def test_the_models_take_turns():
 
 def test_rates_and_ratios_are_those_of_the_repetitions(monkeypatch):
     """The dense model takes 2 s and 4 s where the pruned takes 1 s; in the last repetition all is ten times slower."""
-    seconds = iter([(99, 99), (99, 99), (2, 4), (1, 1), (2, 4), (1, 1), (20, 40), (10, 10)])
-    monkeypatch.setattr(speed, "generate", lambda model, ids: next(seconds))
+    seconds = [(99, 99), (99, 99), (2, 4), (1, 1), (2, 4), (1, 1), (20, 40), (10, 10)]
+    ends = np.cumsum(seconds).tolist()
+    clock = iter([0, *(end for end in ends[:-1] for _ in range(2)), ends[-1]])  # asked before and after each phase
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     model = tiny_model("llama")
     prefill, decode = time_in_turn(model, model, Workload(3, 10), (1.0, 1.0), repetitions=3)
     assert (prefill.dense.median, prefill.pruned.median) == (30 / 2, 30 / 1)
