@@ -142,9 +142,7 @@ class CellRunner:
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             tracker.set_tags(run_tags(task))
             log_splits(tracker, task.splits)
-            (found,) = tracked_search(
-                task, agent, self._reporter, tracker, cell.name, log, on_episode=watch.episode, on_update=watch.update
-            )
+            (found,) = tracked_search(task, agent, self._reporter, tracker, cell.name, log, on_update=watch.update)
             watch.end()
             result = self._result(cell, task, found, watch.noted)
             tracker.log_result(_tracked(result, task, found))
@@ -264,25 +262,25 @@ class _Incumbents:
         self.noted: list[tuple[int, Allocation]] = []
         self._task, self._agent = task, agent
         self._history: list[Episode] = []
-        self._spent = 0
         update = agent.update_cost(search.episodes_per_update) * env.episode_tokens
         self._marks = np.unique(np.geomspace(min(update, budget), budget, marks).astype(int)).tolist()
 
-    def episode(self, episode: Episode) -> None:
-        """Take note of one episode."""
-        self._history.append(episode)
-        self._spent += episode.tokens
-
-    def update(self) -> None:
+    def update(self, episodes: Sequence[Episode]) -> None:
         """Note the incumbent where a mark has been passed; the agent's own recommendation goes first."""
-        if any(mark <= self._spent for mark in self._marks):
-            self._marks = [mark for mark in self._marks if mark > self._spent]
+        self._history += episodes
+        left = [mark for mark in self._marks if mark > self._spent]
+        if len(left) < len(self._marks):
+            self._marks = left
             self._note()
 
     def end(self) -> None:
         """Note the result of a search that ended before the first mark, as the one episode of a rule may."""
         if not self.noted:
             self._note()
+
+    @property
+    def _spent(self) -> int:
+        return sum(episode.tokens for episode in self._history)
 
     def _note(self) -> None:
         env = self._task.env

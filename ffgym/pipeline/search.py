@@ -79,8 +79,7 @@ def tracked_search(
     log: Path,
     prefix: str = "search",
     *,
-    on_episode: Callable[[Episode], None] = do_nothing,
-    on_update: Callable[[], None] = do_nothing,
+    on_update: Callable[[Sequence[Episode]], None] = do_nothing,
 ) -> list[SearchResult]:
     """Search at the targets of a task's configuration, with progress, a log and metrics.
 
@@ -88,6 +87,7 @@ def tracked_search(
         label: of the stage that progress shows.
         log: of the episodes; what it holds is not measured again.
         prefix: what MLflow's names of the metrics begin with.
+        on_update: called with the episodes of each update.
     """
     config, env = task.config, task.env
     finals = 0
@@ -101,12 +101,11 @@ def tracked_search(
     with progress.stage(label, total, "tokens") as stage:
 
         def episode_done(episode: Episode) -> None:
-            on_episode(episode)
             stage.advance(episode.tokens, f"reward {episode.reward:.3f}", is_known=episode.index < earlier)
             tracker.log_episode(episode, search=prefix)
 
         def update_done(episodes: Sequence[Episode], update: Update) -> None:
-            on_update()
+            on_update(episodes)
             tracker.log_update(update, episodes[-1].index, search=prefix)
 
         return search_front(
