@@ -6,6 +6,7 @@ A run of 50 tokens is what Lee et al. (arXiv 2107.06499) call a duplicate.
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 REPEATED_TOKENS = 50
 HASH_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no token is multiplied away
@@ -21,11 +22,8 @@ def run_hashes(ids: np.ndarray, run: int) -> np.ndarray:
     Returns:
         shape (rows, length - run + 1), uint64; no columns where a row is shorter than a run.
     """
-    columns = max(0, ids.shape[1] - run + 1)
-    hashes = np.zeros((ids.shape[0], columns), dtype=np.uint64)
-    power = np.uint64(1)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        for offset in range(run):
-            hashes += (ids[:, offset : offset + columns].astype(np.uint64) + np.uint64(1)) * power
-            power = power * HASH_BASE
+    if ids.shape[1] < run:
+        return np.empty((len(ids), 0), dtype=np.uint64)
+    powers = HASH_BASE ** np.arange(run, dtype=np.uint64)  # all arithmetic is modulo 2^64
+    hashes: np.ndarray = sliding_window_view(ids.astype(np.uint64) + np.uint64(1), run, axis=1) @ powers
     return hashes

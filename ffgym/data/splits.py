@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import permutations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -75,8 +75,7 @@ class Split:
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
 
-@dataclass(frozen=True)
-class Splits:
+class Splits(NamedTuple):
     """The three splits of a run."""
 
     calibration: Split
@@ -140,8 +139,8 @@ def make_splits(
         begins: Bos = "none" if added == "first" and is_continued else added
         return Split(described(corpora[role]), role, tuple(own), windows, windows_digest(windows), begins)
 
-    splits = Splits(split("calibration"), split("search"), split("report"))
-    _check_apart((splits.calibration, splits.search, splits.report))
+    splits = Splits(*map(split, ROLES))
+    _check_apart(splits)
     return splits
 
 

@@ -15,6 +15,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def boolq_row(document: Document) -> Document:
     return {"question": question, "passage": passage, "idx": int(document["idx"]), "label": label}
 
 
-def _choice_row(document: Document, question: str) -> Document:
+def _choice_row(question: str, document: Document) -> Document:
     """ARC's and OpenBookQA's row. The labels are ours (some questions use 1234): only their order enters a prompt."""
     choices = list(document["choices"])
     labels = list(LETTERS[: len(choices)])
@@ -73,14 +74,8 @@ def _choice_row(document: Document, question: str) -> Document:
     }
 
 
-def arc_row(document: Document) -> Document:
-    """A row of ``allenai/ai2_arc``."""
-    return _choice_row(document, "question")
-
-
-def openbookqa_row(document: Document) -> Document:
-    """A row of ``allenai/openbookqa``."""
-    return _choice_row(document, "question_stem")
+arc_row = partial(_choice_row, "question")
+openbookqa_row = partial(_choice_row, "question_stem")
 
 
 def lambada_row(document: Document) -> Document:

@@ -255,7 +255,7 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
         quantity=resource_named(allocation.resource).quantity or allocation.resource,
         command="ffgym run --config config.toml --output NEW_FOLDER",
         seed=config.seed,
-        splits={s.role: _described(s) for s in (task.splits.calibration, task.splits.search, task.splits.report)},
+        splits={split.role: _described(split) for split in task.splits},
         caveats=[DEMO_CAVEAT] if is_demo else [],
         stock=config.prune.uniform,
         towers=task.loaded.towers is not None,
