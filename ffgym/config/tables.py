@@ -468,3 +468,11 @@ def table_model(name: str) -> type[BaseModel]:
     assert isinstance(model, type)
     assert issubclass(model, BaseModel)
     return model
+
+
+PLUGIN_TABLES = {
+    name: model
+    for name in RunConfig.model_fields
+    if name != "seed" and issubclass(model := table_model(name), PluginTable)
+}
+"""The tables that name a plugin, by their names."""

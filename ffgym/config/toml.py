@@ -16,12 +16,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from ffgym.config.refusals import config_error
-from ffgym.config.tables import PluginTable, RunConfig, table_model
+from ffgym.config.tables import PLUGIN_TABLES, PluginTable, RunConfig, table_model
 from ffgym.errors import ConfigError
 from ffgym.files import FileFormat, json_digest, parse_toml
 from ffgym.types import JSONDict
 
-PLUGIN_TABLES = ("criterion", "reward", "agent", "prior", "recover")
 INDIFFERENT = {"output", "tracking", "workers"}  # tables that decide no number
 CONFIGURATION = FileFormat(
     "configuration",
@@ -217,10 +216,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> JSONDict:
 def layered(below: JSONDict, above: JSONDict) -> JSONDict:
     """The tables ``above`` on top of those ``below``, without options of plugins that ``above`` replaces by others."""
     kept = dict(below)
-    for table in PLUGIN_TABLES:
-        replaced, given, model = below.get(table), above.get(table), table_model(table)
-        assert issubclass(model, PluginTable)
-        key, shared = model.named_by, model.model_fields
+    for table, model in PLUGIN_TABLES.items():
+        replaced, given, key, shared = below.get(table), above.get(table), model.named_by, model.model_fields
         if not isinstance(replaced, dict) or not isinstance(given, dict) or key not in given:
             continue
         if given[key] != replaced.get(key, shared[key].default):

@@ -148,8 +148,12 @@ class Scratch:
             with exclusive_lock(left) as is_abandoned:
                 if is_abandoned:
                     shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-        # The lock comes before the folder: a folder without one would be taken for abandoned.
-        self.folder, lock = _locked_name(parent / f".{name}")
+        while True:
+            # The lock comes before the folder: a folder without one would be taken for abandoned.
+            self.folder, lock = parent / f".{name}-{secrets.token_hex(4)}", ExitStack()
+            if lock.enter_context(exclusive_lock(self.folder.with_suffix(".lock"))):
+                break
+            lock.close()  # another process is looking at the new lock: take another name
         self.folder.mkdir(mode=0o700)
         self._drop = weakref.finalize(self, _drop, self.folder, lock)
 
@@ -158,14 +162,6 @@ class Scratch:
 
     def __exit__(self, *_: object) -> None:
         self._drop()
-
-
-def _locked_name(start: Path) -> tuple[Path, ExitStack]:
-    while True:
-        lock, folder = ExitStack(), start.with_name(f"{start.name}-{secrets.token_hex(4)}")
-        if lock.enter_context(exclusive_lock(folder.with_suffix(".lock"))):
-            return folder, lock
-        lock.close()  # another process is looking at the new lock: take another name
 
 
 def _drop(folder: Path, lock: ExitStack) -> None:

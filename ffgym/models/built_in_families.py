@@ -8,6 +8,12 @@ from typing import Any, ClassVar
 from ffgym.models.families import Family, Stock
 from ffgym.types import Sublayer
 
+WINDOWS_IN_SOME_LAYERS: Mapping[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+"""Of a tiny model."""
+
 
 class Llama(Family):
     """Multi-head or grouped-query attention, gated MLP."""
@@ -64,11 +70,7 @@ class Gemma3(Family):
     name = "gemma3_text"
     gguf = ("gemma3",)
     stock = Stock("divides hidden size", attention_bias="attention_bias")
-    tiny: ClassVar[Mapping[str, Any]] = {
-        "sliding_window": 8,
-        "query_pre_attn_scalar": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    }
+    tiny: ClassVar[Mapping[str, Any]] = {**WINDOWS_IN_SOME_LAYERS, "query_pre_attn_scalar": 8}
 
 
 class SmolLM3(Family):
@@ -119,11 +121,7 @@ class Cohere2(Family):
 
     name = "cohere2"
     stock = Stock(attention_bias="attention_bias")
-    tiny: ClassVar[Mapping[str, Any]] = {
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "logit_scale": 0.5,
-    }
+    tiny: ClassVar[Mapping[str, Any]] = {**WINDOWS_IN_SOME_LAYERS, "logit_scale": 0.5}
 
 
 class Exaone4(Family):
@@ -234,10 +232,7 @@ class Ministral(Family):
 
     name = "ministral"
     stock = Stock()
-    tiny: ClassVar[Mapping[str, Any]] = {
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    }
+    tiny = WINDOWS_IN_SOME_LAYERS
 
 
 class Ministral3(Family):

@@ -29,22 +29,18 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """The dtype that ``"auto"`` means on a device.
 
-    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where it has instructions for its products, else
-    float32: a rule and not a timing, which what else the machine does would decide. Elsewhere: float32.
+    CUDA: bfloat16 where the GPU has it, else float16. CPU: bfloat16 where it has instructions for its products, which
+    take longer than float32's without them, else float32: a rule and not a timing, which what else the machine does
+    would decide. Elsewhere: float32.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):  # the question is always about the current one
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and cpu_multiplies_bfloat16():
-        return torch.bfloat16
+    if device.type == "cpu":
+        with suppress(OSError):  # not Linux
+            if re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", CPU_FACTS.read_text("utf-8")):
+                return torch.bfloat16
     return torch.float32
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the CPU has instructions for products in bfloat16, which take longer than float32's without them."""
-    with suppress(OSError):  # not Linux
-        return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", CPU_FACTS.read_text("utf-8")) is not None
-    return False
 
 
 def tokens_per_batch(device: torch.device | str) -> int:

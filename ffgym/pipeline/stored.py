@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ffgym.config.mixture import described
-from ffgym.config.tables import PluginTable, RunConfig, table_model
-from ffgym.config.toml import PLUGIN_TABLES, differences, written
+from ffgym.config.tables import PLUGIN_TABLES, RunConfig
+from ffgym.config.toml import differences, written
 from ffgym.errors import DataError, OutputError
 from ffgym.files import FileFormat
 from ffgym.pipeline.folder import MEASURE_AGAIN, is_searched, resume_command, stored_config
@@ -124,11 +124,8 @@ def _changes(first: RunConfig, config: RunConfig) -> str:
 
     def belongs_to_another(key: str) -> bool:
         table, _, own = key.partition(".")
-        if table not in PLUGIN_TABLES:
-            return False
-        model = table_model(table)
-        assert issubclass(model, PluginTable)
-        return own not in model.model_fields and f"{table}.{model.named_by}" in found
+        model = PLUGIN_TABLES.get(table)
+        return model is not None and own not in model.model_fields and f"{table}.{model.named_by}" in found
 
     return ", ".join(text for key, text in found.items() if not belongs_to_another(key))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from ffgym.errors import ConfigError
+from ffgym.plugins.kinds import PluginKind
 from ffgym.types import Evaluation, LayerStats, SublayerView, Update
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Plugin:
             an earlier edition instead of comparing them with new ones.
     """
 
-    kind: ClassVar[str]
+    kind: ClassVar[PluginKind]
     name: ClassVar[str]
     edition: ClassVar[int] = 1
     Config: ClassVar[type[PluginConfig]] = PluginConfig

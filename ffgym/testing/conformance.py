@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ from ffgym.plugins.bases import (
 )
 from ffgym.plugins.contracts import check_importance, check_objectives, check_reward, check_scores, check_state
 from ffgym.plugins.discovery import check_class
-from ffgym.plugins.kinds import KINDS, PluginKind, imported
+from ffgym.plugins.kinds import KINDS, imported
 from ffgym.pruning.ordering import unit_scores
 from ffgym.testing.models import tiny_model
 from ffgym.testing.toys import QuadraticEnv, ToyEnv, toy_stats, toy_views
@@ -90,14 +90,14 @@ class PluginConformance(ABC, Generic[P]):
     def test_has_a_name(self) -> None:
         """Names become keys, folders and file names."""
         plugin = self.make()
-        check_class(cast("PluginKind", plugin.kind), type(plugin))
+        check_class(plugin.kind, type(plugin))
         means_none = plugin.kind in ("heuristic", "recovery") and plugin.name == "none"
         assert not means_none, "a configuration that names it means none"
 
     def test_its_options_can_be_given(self) -> None:
         """The fields of ``Config`` are new keys of the plugin's table, and their defaults are of their types."""
         plugin = self.make()
-        config, table = type(plugin).Config, KINDS[cast("PluginKind", plugin.kind)].table
+        config, table = type(plugin).Config, KINDS[plugin.kind].table
         assert issubclass(config, PluginConfig), "Config is not a subclass of ffgym.PluginConfig"
         assert not (plugin.kind in WITHOUT_OPTIONS and config.model_fields), f"no {plugin.kind} can be given options"
         taken = config.model_fields.keys() & {"name", *(table_model(table).model_fields if table else ())}
@@ -111,7 +111,7 @@ class PluginConformance(ABC, Generic[P]):
     def test_its_methods_take_what_ffgym_passes(self) -> None:
         """A method has the parameters of its base class's, with the same names where they are passed by name."""
         plugin = self.make()
-        base = imported(KINDS[cast("PluginKind", plugin.kind)].base)
+        base = imported(KINDS[plugin.kind].base)
         for name, method in inspect.getmembers(base, inspect.isfunction):
             if name.startswith("_") and name not in ("__init__", "__call__"):
                 continue
@@ -126,7 +126,7 @@ class PluginConformance(ABC, Generic[P]):
     def test_its_attributes_have_their_types(self) -> None:
         """Those of its base class, on the class or set in ``__init__``; a tuple of one name ends in a comma."""
         plugin = self.make()
-        base = imported(KINDS[cast("PluginKind", plugin.kind)].base)
+        base = imported(KINDS[plugin.kind].base)
         for name in (name for name in dir(base) if not name.startswith("_")):
             value, default = getattr(plugin, name), getattr(base, name)
             if type(default) not in TYPES or (name, value) == ("kv_heads", None):
