@@ -83,28 +83,14 @@ def measure(
             from ffgym.measure import measure as in_process
 
             found = in_process.measure(
-                folder,
-                dense=dense,
-                batch_sizes=batches,
-                prompt_lengths=lengths,
-                repetitions=repetitions,
-                dtype=dtype,
-                device=device,
-                threads=threads,
+                folder, dense, batches, lengths, repetitions=repetitions, dtype=dtype, device=device, threads=threads
             )
         else:
             from ffgym.measure import serving
 
+            chosen = _given(prompt_lengths=lengths, output_tokens=output_tokens, arguments=_arguments(engine_args))
             found = serving.measure_serving(
-                folder,
-                engine,
-                dense=dense,
-                requests=batches,
-                repetitions=repetitions,
-                dtype=dtype,
-                threads=threads,
-                arguments=_arguments(engine_args),
-                **_given(prompt_lengths=lengths, output_tokens=output_tokens),
+                folder, engine, dense, batches, repetitions=repetitions, dtype=dtype, threads=threads, **chosen
             )
     tables = found.tables()
     figures = asdict(found) | {"notes": [note for table in tables for note in table.notes]}

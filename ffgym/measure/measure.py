@@ -40,10 +40,10 @@ LENGTHS = (128, 512, 1024)
 @own_modes()
 def measure(
     folder: Path,
-    *,
     dense: str | None = None,
     batch_sizes: Sequence[int] = (1, 4),
     prompt_lengths: Sequence[int] | None = None,
+    *,
     repetitions: int = 7,
     dtype: str = "auto",
     device: str = "auto",

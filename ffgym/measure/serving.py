@@ -128,9 +128,9 @@ class ServingMeasurement:
 def measure_serving(
     folder: Path,
     engine: str,
-    *,
     dense: str | None = None,
     requests: Sequence[int] = (1, 4),
+    *,
     prompt_lengths: Sequence[int] = (128, 512),
     output_tokens: int = 64,
     repetitions: int = 7,
