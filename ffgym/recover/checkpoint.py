@@ -73,9 +73,8 @@ class Checkpoint:
             )
         if self.exists:
             self._check(path, overwrite)
-        if self.exists:
-            return
-        _IDENTITY.write(path, self.identity)
+        if not self.exists:
+            _IDENTITY.write(path, self.identity)
 
     def _check(self, path: Path, overwrite: bool) -> None:
         try:

@@ -140,8 +140,8 @@ def numeric(
     head: str, text: Callable[[R], str], plain: Callable[[R], JSONDict], *, bold: bool = False, spare: bool = False
 ) -> Column[R]:
     """A column of numbers: on a console its head has line breaks, and its cells have none."""
-    look = {"no_wrap": True}
-    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=stacked(head), look=look)
+    stacked = textwrap.fill(head, 14, break_on_hyphens=False).replace("/", "\n/")
+    return Column(head, text, plain=plain, bold=bold, spare=spare, console_head=stacked, look={"no_wrap": True})
 
 
 def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
@@ -150,11 +150,6 @@ def text_columns(*heads: str, **look: Any) -> list[Column[Sequence[str]]]:
         Column(head, itemgetter(i), left=i == 0, console_head=head.replace(", ", "\n"), look=look)
         for i, head in enumerate(heads)
     ]
-
-
-def stacked(head: str) -> str:
-    """A head with line breaks, for a console."""
-    return textwrap.fill(head, 14, break_on_hyphens=False).replace("/", "\n/")
 
 
 def _markdown_cell(text: str, bold: bool) -> str:

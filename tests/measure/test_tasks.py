@@ -15,6 +15,7 @@ import pytest
 import task_wheel
 import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from ffgym.errors import ConfigError, DataError, ModelError, UnknownNameError
 from ffgym.measure import task_definitions as tasks
@@ -309,18 +310,16 @@ def test_several_models_are_measured_one_after_the_other(folder):
 
 
 def test_a_model_is_let_go_before_the_next_is_loaded(folder, monkeypatch):
-    import ffgym.models.loading
-
     alive: list[weakref.ref[Any]] = []
-    load = ffgym.models.loading.load
+    from_pretrained = AutoModelForCausalLM.from_pretrained
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         assert not any(one() for one in alive), "two may not fit"
-        loaded = load(*args, **kwargs)
-        alive.append(weakref.ref(loaded.model))
+        loaded = from_pretrained(*args, **kwargs)
+        alive.append(weakref.ref(loaded[0]))
         return loaded
 
-    monkeypatch.setattr(ffgym.models.loading, "load", watched)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     gc.disable()
     try:
         for _ in evaluate_models(
