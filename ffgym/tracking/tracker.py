@@ -17,24 +17,12 @@ from typing import Any, Self
 
 from ffgym.errors import OutputError, TrackingError
 from ffgym.interrupts import held_back_interrupts
+from ffgym.tracking import store
 from ffgym.tracking.masking import masked, shown
 from ffgym.tracking.names import SHORT_NAMES, Result, parameters
 from ffgym.tracking.outbox import Outbox
 from ffgym.tracking.records import Point, send
 from ffgym.tracking.runs import run_or_none
-from ffgym.tracking.store import (
-    INSTEAD,
-    PARENT_TAG,
-    adopt,
-    artifacts,
-    client_of,
-    database,
-    make_store,
-    own_uri,
-    tracking_uri,
-    translated,
-    uninterrupted,
-)
 from ffgym.tracking.system import SystemMetrics
 from ffgym.tracking.view import TAGS
 from ffgym.types import Episode, JSONDict, Notify, Update, perplexity_of
@@ -91,8 +79,8 @@ class Tracker:
         self._unsent = self.unsent or self.root
         self._had_folder = False
         self._earlier: set[tuple[str, str, int]] = set()  # points that earlier sessions logged
-        self._uri = tracking_uri(self.root) if self.enabled else ""
-        self._is_own = self.enabled and self._uri == own_uri(self.root)
+        self._uri = store.tracking_uri(self.root) if self.enabled else ""
+        self._is_own = self.enabled and self._uri == store.own_uri(self.root)
         self._client: Any = None
         self._params: dict[str, str] = {}
         self._still: dict[str, list[tuple[str, float, int]]] = {}  # of each curve that has not moved yet; else empty
@@ -125,8 +113,8 @@ class Tracker:
             with contextlib.suppress(OutputError):
                 self._end_early(error)
         if self._outbox is not None and len(self._outbox):
-            store = ["--root", str(self.root)] if self._is_own else []
-            command = shlex.join(["ffgym", "sync", str(self._outbox.folder), *store])
+            root = ["--root", str(self.root)] if self._is_own else []
+            command = shlex.join(["ffgym", "sync", str(self._outbox.folder), *root])
             self.notify(f"{len(self._outbox)} records of the MLflow run are still to be sent: {command}")
 
     def log_config(self, config: Mapping[str, Any], toml: str) -> None:
@@ -220,11 +208,11 @@ class Tracker:
 
     def _open(self) -> None:
         """Open the store and begin the run."""
-        with translated(self._uri, "open the MLflow store"), uninterrupted(self._uri):
+        with store.translated(self._uri, "open the MLflow store"), store.uninterrupted(self._uri):
             if self._is_own:
-                make_store(self.root, self.notify)
-                adopt(self.root)  # a write: MLflow would try one that is impossible for a minute, with warnings
-            self._client = client_of(self._uri)
+                store.make_store(self.root, self.notify)
+                store.adopt(self.root)  # a write: MLflow would try one that is impossible for a minute, with warnings
+            self._client = store.client_of(self._uri)
             experiment = self._experiment_id()
             run = self._earlier_run() or self._client.create_run(
                 experiment, run_name=self.run_name, tags=self._source()
@@ -239,7 +227,7 @@ class Tracker:
         with contextlib.suppress(OSError, KeyError, ImportError):  # a user without an entry in the password database
             tags["mlflow.user"] = getpass.getuser()
         parent = self.run_id or self.parent
-        return tags if parent is None else tags | {PARENT_TAG: parent}
+        return tags if parent is None else tags | {store.PARENT_TAG: parent}
 
     def _earlier_run(self) -> Any:
         """The run of an earlier session, marked as running again once its unsent records are sent; else ``None``."""
@@ -284,7 +272,7 @@ class Tracker:
 
         found = self._client.get_experiment_by_name(self.experiment)
         if found is None:
-            location = str(artifacts(self.root)) if self._is_own else None
+            location = str(store.artifacts(self.root)) if self._is_own else None
             try:
                 return str(self._client.create_experiment(self.experiment, artifact_location=location, tags=TAGS))
             except MlflowException as error:
@@ -301,7 +289,7 @@ class Tracker:
             raise TrackingError(
                 f"the MLflow experiment {self.experiment!r} keeps its artifacts in {found.artifact_location}, "
                 "which is not there (was the folder moved?)",
-                hint=f"Make that folder, {INSTEAD}",
+                hint=f"Make that folder, {store.INSTEAD}",
             )
         return str(found.experiment_id)
 
@@ -355,8 +343,8 @@ class Tracker:
 
     def _send(self, record: JSONDict) -> None:
         assert self.run_id is not None, "the run has begun"
-        with uninterrupted(self._uri), translated(self._uri, "write to the MLflow store"):
-            if self._is_own and not database(self.root).is_file():
+        with store.uninterrupted(self._uri), store.translated(self._uri, "write to the MLflow store"):
+            if self._is_own and not store.database(self.root).is_file():
                 # MLflow would go on writing into a deleted file, and make the folder of its artifacts again.
                 raise FileNotFoundError(errno.ENOENT, "the database is not there any more")
             send(self._client, self.run_id, record)
