@@ -97,7 +97,7 @@ def bench(
                 for path in {path.parent: path for path in written}.values():
                     check_writable(path, COPY)  # before hours of work, not after them
                 wanted = WorkersTable(count=workers, ray_address=ray_address)
-                cluster = stack.enter_context(_workers(wanted, missing, reporter))
+                cluster = stack.enter_context(_workers(wanted, missing, reporter)) if missing else None
                 runs = _open_runs(benches, missing, stack, reporter)
                 if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
@@ -128,9 +128,6 @@ def _workers(
     table: WorkersTable, missing: Sequence[tuple[Bench, Cell]], reporter: Reporter
 ) -> Iterator[Cluster | None]:
     """The workers for what is missing, and the number of threads that each of them, or this process, has."""
-    if not missing:
-        yield None
-        return
     before = torch.get_num_threads()
     threads = before if table.ray_address else max(1, before // table.count)
     least = 2 if table.ray_address else 1  # one worker would be this process

@@ -8,15 +8,7 @@ from typing import Any
 
 import torch
 
-from ffgym.costs.latency_table import (
-    FORMAT,
-    LatencyTable,
-    Serving,
-    layer_shapes,
-    model_shape,
-    read_table,
-    to_json,
-)
+from ffgym.costs.latency_table import FORMAT, LatencyTable, Serving, layer_shapes, model_shape, read_table, to_json
 from ffgym.costs.sublayer_times import REPETITIONS, processors, threads_of, time_model
 from ffgym.costs.timing import ends
 from ffgym.data.cache import cache_dir
@@ -102,12 +94,7 @@ def notify_if_busy(table: LatencyTable, notify: Notify) -> None:
 
 
 def place_of(
-    model: Any,
-    *,
-    context: int,
-    serving: Serving | None = None,
-    device: str | None = None,
-    threads: int | None = None,
+    model: Any, *, context: int, serving: Serving | None = None, device: str | None = None, threads: int | None = None
 ) -> Path:
     """Where the cache keeps, or would keep, the table of this model on this machine.
 

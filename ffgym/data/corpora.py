@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,22 +128,13 @@ def _found(spec: str) -> Callable[[Role], Corpus]:
 def _from_source(spec: str, name: str, part: str, role: Role) -> Corpus:
     source: CorpusSource = manager.create("corpus", name)
 
-    def is_many(documents: Any) -> bool:
-        return isinstance(documents, Iterable) and not isinstance(documents, str | bytes)
-
     def read() -> Corpus:
         answer: Any = source.read(part or None, role)
         match answer:
-            case (str() as split, documents) if is_many(documents):
+            case (str() as split, Iterable() as documents) if not isinstance(documents, str | bytes):
                 return _corpus(spec, split, _texts_of(source, documents))
-            case tuple((str(), documents)):
-                wrong = f"documents of type {type(documents).__name__}, not a list or a generator of them"
-            case tuple((description, _)):
-                wrong = f"a description of type {type(description).__name__}, not a str"
-            case _:
-                wrong = f"{type(answer).__name__}, not what was read and its documents"
         raise PluginError(
-            f"{manager.described(source)}: read returned {wrong}",
+            f"{manager.described(source)}: read returned {reprlib.repr(answer)}, not what was read and its documents",
             hint='Return a pair: a text such as "train", and a list or generator of documents, each a str.',
         )
 
@@ -256,8 +248,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             except (ValueError, RecursionError) as error:  # numbers and nesting beyond what Python reads, too
                 why = f"{error.msg}: column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise DataError(
-                    f"{where} is not JSON: {why}",
-                    hint='Write one object a line, like {"text": "..."}.',
+                    f"{where} is not JSON: {why}", hint='Write one object a line, like {"text": "..."}.'
                 ) from error
             _check_column(where, row if isinstance(row, dict) else [])
             if not isinstance(row[COLUMN], str | None):

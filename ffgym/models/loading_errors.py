@@ -50,8 +50,7 @@ def loading_error(error: Exception, source: str, name: str, *, only_cached: bool
         )
     if Path(source).is_dir():
         return ModelError(
-            f"model {name!r} cannot be loaded because its files are damaged or incomplete: {said}",
-            hint=AGAIN,
+            f"model {name!r} cannot be loaded because its files are damaged or incomplete: {said}", hint=AGAIN
         )
     if only_cached and "safetensors" in str(error):
         return not_from_hub(name, "its weights are not in the hub's cache, and the hub cannot be reached")

@@ -111,15 +111,10 @@ def _layer(hidden: int, attention: int, mlp: int, dtype: torch.dtype, device: to
     from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaModel
 
-    sizes = {
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "head_dim": HEAD,
-        "num_attention_heads": attention // HEAD,
-    }
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "head_dim": HEAD, "num_hidden_layers": 1}
     nothing = {"vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
     with init_empty_weights(include_buffers=False):  # random numbers would take longer than the probe
-        model = LlamaModel(LlamaConfig(**sizes, **nothing, num_hidden_layers=1))
+        model = LlamaModel(LlamaConfig(num_attention_heads=attention // HEAD, **sizes, **nothing))
     state = {
         name: torch.full(p.shape, 1 / p.shape[-1], dtype=dtype, device=device) for name, p in model.named_parameters()
     }

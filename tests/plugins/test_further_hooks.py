@@ -186,12 +186,12 @@ def test_a_broken_corpus_is_named(install: Install) -> None:
 @pytest.mark.parametrize(
     ("answer", "complaint"),
     [
-        ("['Haste.', 'Less.']", "read returned list, not what was read and its documents"),
-        ("'all', 'One long text.'", "read returned documents of type str, not a list or a generator of them"),
-        ("'all', b'One long text.'", "read returned documents of type bytes, not a list"),
-        ("5, ['Haste.']", "read returned a description of type int, not a str"),
-        ("'all', ['Haste.'], 3", "read returned tuple, not what was read and its documents"),
-        ("None", "read returned NoneType"),
+        ("['Haste.', 'Less.']", r"read returned \['Haste.', 'Less.'\], not what was read and its documents"),
+        ("'all', 'One long text.'", r"read returned \('all', 'One long text.'\), not what"),
+        ("'all', b'One long text.'", r"read returned \('all', b'One long text.'\), not what"),
+        ("5, ['Haste.']", r"read returned \(5, \['Haste.'\]\), not what"),
+        ("'all', ['Haste.'], 3", r"read returned \('all', .*, 3\), not what"),
+        ("None", "read returned None, not what"),
         ("'all', ['Haste.', b'Less.']", "document 2 is bytes, not a str"),
     ],
 )
