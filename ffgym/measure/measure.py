@@ -133,6 +133,7 @@ def _side_by_side(
         for workload in workloads:
             before = work_of(dense.model, prunable.dense_units, meter, workload)
             after = work_of(pruned.model, kept, meter, workload)
+            ceilings = before[0] / after[0], before[1] / after[1]
             short = ModelError(
                 f"prompts of {workload.batch} x {workload.length} tokens do not fit the device's memory beside both"
                 " models",
@@ -140,12 +141,7 @@ def _side_by_side(
             )
             with raising_if_out_of_memory(short):
                 speeds += time_in_turn(
-                    dense.model,
-                    pruned.model,
-                    workload,
-                    (before[0] / after[0], before[1] / after[1]),
-                    repetitions=repetitions,
-                    on_turn=stage.advance,
+                    dense.model, pruned.model, workload, ceilings, repetitions=repetitions, on_turn=stage.advance
                 )
     largest = max(workloads, key=lambda workload: (workload.batch * workload.length, workload.length))
     return Measurement(

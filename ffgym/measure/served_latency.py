@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,8 @@ def served_latency_table(
         check_dtype(loaded.dtype_name)
         setting = replace(setting, dtype=loaded.dtype_name)
         place = place_of(loaded.model, context=context, serving=serving, device=fleet.device, threads=threads)
-        table = timed_once(
-            place,
-            lambda: _timed(loaded, engine, context, setting, serving, reporter),
-            repetitions=repetitions,
-            rebuild=rebuild,
-            notify=reporter.print,
-        )
+        time = partial(_timed, loaded, engine, context, setting, serving, reporter)
+        table = timed_once(place, time, repetitions=repetitions, rebuild=rebuild, notify=reporter.print)
     shapes = layer_shapes(loaded.model)
     sublayers = sum(curve.seconds[-1] * shapes.count(curve.shape) for curve in table.curves)
     if sublayers > table.whole_seconds:

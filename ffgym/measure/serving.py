@@ -77,18 +77,13 @@ class ServingMeasurement:
     def tables(self) -> tuple[Table[Sequence[str]], Table[Sequence[str]]]:
         """Speeds, then ratios, how all was measured under them."""
         speeds = [
-            (
-                *_names(each),
-                rate(each.tokens_per_second),
-                rate(each.first_seconds, 1e3),
-                rate(each.following_seconds, 1e3),
-            )
-            for each in self.served
+            (*_names(one), rate(one.tokens_per_second), rate(one.first_seconds, 1e3), rate(one.following_seconds, 1e3))
+            for one in self.served
         ]
         ratios = [
-            (*_names(each), rate(each.ratio), "" if each.backend_ratio is None else rate(each.backend_ratio))
-            for each in self.served
-            if each.model != DENSE
+            (*_names(one), rate(one.ratio), "" if one.backend_ratio is None else rate(one.backend_ratio))
+            for one in self.served
+            if one.model != DENSE
         ]
         as_pruned = ["tokens/s, over dense as pruned"] * any(each.backend_ratio for each in self.served)
         return (

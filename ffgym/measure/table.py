@@ -6,7 +6,7 @@ One :class:`Measurement`: its two tables; JSON has its fields and the notes unde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ffgym.costs.timing import Spread, ends
@@ -49,7 +49,7 @@ class Measurement:
         """Sizes, then speeds, how all was measured under them."""
         sizes = text_columns("", "dense", "pruned", "dense / pruned")
         speeds = text_columns("", "batch", "tokens", "dense, tokens/s", "pruned, tokens/s", "times as fast", "ceiling")
-        return Table(sizes, size_rows(self), space=1), Table(speeds, speed_rows(self), footnotes(self), space=1)
+        return Table(sizes, size_rows(self), space=1), Table(speeds, list(speed_rows(self)), footnotes(self), space=1)
 
 
 def size_rows(found: Measurement) -> list[tuple[str, str, str, str]]:
@@ -70,20 +70,12 @@ def size_rows(found: Measurement) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def speed_rows(found: Measurement) -> list[tuple[str, ...]]:
+def speed_rows(found: Measurement) -> Iterator[tuple[str, ...]]:
     """The rows of the speed table."""
-    return [
-        (
-            speed.phase,
-            str(speed.workload.batch),
-            f"{speed.workload.length:,}",
-            rate(speed.dense),
-            rate(speed.pruned),
-            _spread(speed.ratio, "{:.2f}".format),
-            f"{speed.ceiling:.2f}",
-        )
-        for speed in found.speeds
-    ]
+    for speed in found.speeds:
+        batch, tokens = str(speed.workload.batch), f"{speed.workload.length:,}"
+        ratio = _spread(speed.ratio, "{:.2f}".format)
+        yield speed.phase, batch, tokens, rate(speed.dense), rate(speed.pruned), ratio, f"{speed.ceiling:.2f}"
 
 
 def footnotes(found: Measurement) -> list[str]:

@@ -105,7 +105,7 @@ def evaluate_task(
         split=task.split,
         examples=count["effective"],
         available=count["original"],
-        metrics=_metrics(found["results"][task.name]),
+        metrics=tuple(_metrics(found["results"][task.name])),
         truncated=harness.truncated,
         not_finite=harness.not_finite,
     )
@@ -141,22 +141,14 @@ def _on_text(model: LoadedModel, corpus: Corpus, limit: int | None, on_progress:
     return replace(result, metrics=(figure,), text=found)
 
 
-def _metrics(found: Mapping[str, Any]) -> tuple[Figure, ...]:
+def _metrics(found: Mapping[str, Any]) -> Iterator[Figure]:
     """lm-eval's flat ``acc,none`` and ``acc_stderr,none``; a filter other than none becomes part of the name."""
-    metrics = []
     for key, value in found.items():
         name, comma, filtered = key.partition(",")
-        if not comma or name.endswith("_stderr"):
-            continue
-        stderr = found.get(f"{name}_stderr,{filtered}")
-        metrics.append(
-            Figure(
-                name=name if filtered == "none" else f"{name} ({filtered})",
-                value=float(value),
-                stderr=float(stderr) if isinstance(stderr, int | float) else None,
-            )
-        )
-    return tuple(metrics)
+        if comma and not name.endswith("_stderr"):
+            stderr = found.get(f"{name}_stderr,{filtered}")
+            error = float(stderr) if isinstance(stderr, int | float) else None
+            yield Figure(name if filtered == "none" else f"{name} ({filtered})", float(value), error)
 
 
 def _harness(model: LoadedModel, batch_size: int, on_progress: OnStep) -> Any:

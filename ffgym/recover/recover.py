@@ -237,21 +237,14 @@ class _Recovery:
 
     def log_start(self) -> None:
         """Tell MLflow what is trained, how, and on what text."""
-        name, text = self.method.name, self.texts.training
+        name, text, loaded = self.method.name, self.texts.training, self.loaded
+        plugins = {f"recovery.{name}": str(manager.package_of(self.method))}
         tags = environment_tags(
-            device=str(self.loaded.device),
-            dtype=self.loaded.dtype_name,
-            threads=torch.get_num_threads(),
-            plugins={f"recovery.{name}": str(manager.package_of(self.method))},
+            device=str(loaded.device), dtype=loaded.dtype_name, threads=torch.get_num_threads(), plugins=plugins
         )
         self.tracker.set_tags({**tags, "recovery": name})
-        self.tracker.log_dataset(
-            name=f"{text.name}/recovery",
-            context="recovery",
-            digest=text.digest,
-            corpus=text.name,
-            tokens=text.windows.numel(),
-        )
+        dataset, tokens = f"{text.name}/recovery", text.windows.numel()
+        self.tracker.log_dataset(name=dataset, context="recovery", digest=text.digest, corpus=text.name, tokens=tokens)
 
     def train(self) -> tuple[TrainingOutcome, str, bool]:
         """Let the method train the model; where that lowered no loss, take the model as it was.
@@ -310,11 +303,8 @@ class _Recovery:
     def compare(self) -> RecoveryTable:
         """Measure the dense model where it is known, the model before and the trained one on the report split."""
         report = self.texts.splits.report
-        rows = [
-            *self._dense_row(),
-            self._measured("before", _load(self.source, self.config)),
-            self._measured(self.method.name, self.loaded),
-        ]
+        rows = [*self._dense_row(), self._measured("before", _load(self.source, self.config))]
+        rows.append(self._measured(self.method.name, self.loaded))
         header = (
             f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens "
             f"in windows of {report.windows.shape[1]:,}, {self.loaded.dtype_name}, {bos_text(report.bos)}."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ffgym.errors import ModelError
 from ffgym.files import FileFormat
 from ffgym.report.card import TAGS, loading
-from ffgym.report.layout import Column, Table, humane
+from ffgym.report.layout import Column, Table, humane, label_column
 from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference, standard_error
 from ffgym.report.table import perplexity_text
 from ffgym.types import Evaluation, JSONDict
@@ -39,13 +39,7 @@ class RecoveryTable:
         """What stands where."""
         differences = difference_columns(self.rows, "before", self._difference, lambda _: "")
         columns: list[Column[Measured]] = [
-            Column(
-                "model",
-                lambda row: row.label,
-                left=True,
-                plain=lambda row: {"label": row.label},
-                look={"overflow": "fold"},
-            ),
+            label_column(lambda row: row.label),
             Column("perplexity", _perplexity, plain=_losses),
             *differences,
             Column("params", lambda row: humane(row.parameters), plain=lambda row: {"parameters": row.parameters}),

@@ -68,14 +68,8 @@ def gather(config: RunConfig, loaded: LoadedModel, splits: Splits | None = None)
     """
     table, window = config.recover, config.data.window
     splits = splits or cut_splits(config, loaded)
-    text = training_text(
-        table.corpus,
-        splits,
-        loaded.tokenizer,
-        window=window,
-        tokens=table.tokens,
-        at_least=table.batch_tokens // window * window,
-    )
+    one_step = table.batch_tokens // window * window
+    text = training_text(table.corpus, splits, loaded.tokenizer, window=window, tokens=table.tokens, at_least=one_step)
     loaded.check_ids(text.windows, "the training text")
     search = splits.search.windows
     return RecoveryTexts(splits, text, search[-max(1, table.held_out_tokens // search.shape[1]) :])

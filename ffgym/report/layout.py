@@ -118,13 +118,9 @@ class Table(Generic[R]):
 
     def markdown(self) -> str:
         """Write the table as Markdown (GitHub's flavour), the notes under it."""
-        lines = [
-            [escape(column.head) for column in self.shown],
-            *(
-                [_markdown_cell(column.text(row), column.bold and self.is_bold(row)) for column in self.shown]
-                for row in self.rows
-            ),
-        ]
+        lines = [[escape(column.head) for column in self.shown]]
+        for row in self.rows:
+            lines.append([_markdown_cell(column.text(row), column.bold and self.is_bold(row)) for column in self.shown])
         head, *rows = ("| " + " | ".join(cells) + " |\n" for cells in lines)
         rule = "|" + "".join("---|" if column.left else "---:|" for column in self.shown) + "\n"
         notes = "".join(f"\n- {escape(note)}" for note in self.all_notes)
@@ -134,6 +130,12 @@ class Table(Generic[R]):
         """The rows as plain data, see `strict`."""
         parts = [*(column.plain for column in self.columns if column.plain is not None), self.plain]
         return strict([{key: value for part in parts for key, value in part(row).items()} for row in self.rows])
+
+
+def label_column(label: Callable[[R], str], *, bold: bool = False) -> Column[R]:
+    """The first column, which says what a row is called: on a console a long name takes several lines."""
+    look = {"overflow": "fold"}
+    return Column("model", label, left=True, plain=lambda row: {"label": label(row)}, bold=bold, look=look)
 
 
 def numeric(

@@ -47,10 +47,6 @@ def write_page(page: Page, path: Path) -> None:
         for file, caption in page.pictures.items()
         if file.is_file()
     ]
-    text = environment.get_template("page.html").render(
-        page=page,
-        tables=zip(page.tables, page.tables.values(), notes, strict=True),
-        pictures=pictures,
-        version=__version__,
-    )
-    write_text(path, text)
+    tables = zip(page.tables, page.tables.values(), notes, strict=True)
+    template = environment.get_template("page.html")
+    write_text(path, template.render(page=page, tables=tables, pictures=pictures, version=__version__))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pydantic import FiniteFloat
 
 from ffgym.files import Count
-from ffgym.report.layout import STAR, Column, Table, numeric
+from ffgym.report.layout import STAR, Column, Table, label_column, numeric
 from ffgym.report.paired import MARGIN, SIGN, Difference, difference_columns, paired_difference
 from ffgym.types import Bos
 
@@ -182,14 +182,7 @@ class ReportTable:
         """What stands where; a console shows it down to 80 columns, also without colours."""
         best, best_heuristic = self.best, self.best_heuristic
         columns: list[Column[Row]] = [
-            Column(
-                "model",
-                lambda row: row.label,
-                left=True,
-                plain=lambda row: {"label": row.label},
-                bold=True,
-                look={"overflow": "fold"},
-            ),
+            label_column(lambda row: row.label, bold=True),
             numeric(
                 "perplexity",
                 lambda row: (

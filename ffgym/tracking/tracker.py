@@ -154,14 +154,11 @@ class Tracker:
             "nats_above_dense": episode.loss - episode.dense_loss,
         }
         points = [(f"{search}/{name}", value, episode.index) for name, value in shown.items()]
-        self.log_metrics(
-            points + self._moved({f"{search}/{name}": value for name, value in curves.items()}, episode.index)
-        )
+        self.log_metrics(points + self._moved(search, curves, episode.index))
 
     def log_update(self, update: Update, step: int, *, search: str = "search") -> None:
         """Log what an agent says of an update; a value that has not moved yet is no curve, and is held back."""
-        values = {f"{search}/{name}": value for name, value in update.diagnostics.items()}
-        self.log_metrics(self._moved(values, step))
+        self.log_metrics(self._moved(search, update.diagnostics, step))
 
     def log_result(self, result: Result, step: int = 0) -> None:
         """Log the run's result; a later step replaces an earlier one in MLflow's tables."""
@@ -254,13 +251,14 @@ class Tracker:
         if new:
             self._write("values", metrics=new)
 
-    def _moved(self, values: Mapping[str, float], step: int) -> list[tuple[str, float, int]]:
+    def _moved(self, search: str, values: Mapping[str, float], step: int) -> list[tuple[str, float, int]]:
         """The points of those curves that have moved by now, of one that has just done so with all before."""
         points: list[tuple[str, float, int]] = []
         for name, value in values.items():
-            is_new = name not in self._still
-            held_back = self._still.setdefault(name, [])
-            held_back.append((name, value, step))
+            curve = f"{search}/{name}"
+            is_new = curve not in self._still
+            held_back = self._still.setdefault(curve, [])
+            held_back.append((curve, value, step))
             if not is_new and (len(held_back) == 1 or _rounded(held_back[0][1]) != _rounded(value)):
                 points += held_back
                 held_back.clear()

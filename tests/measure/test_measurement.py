@@ -81,7 +81,7 @@ def test_sizes_stand_side_by_side():
 
 
 def test_speeds_stand_beside_their_ceilings():
-    assert speed_rows(FOUND) == [
+    assert list(speed_rows(FOUND)) == [
         ("prefill", "1", "1,024", "1,234 (1,200-1,300)", "1,400 (1,390-1,410)", "1.13 (1.10-1.20)", "1.15"),
         ("decode", "4", "128", "9.88 (9.00-10.0)", "11.5 (11.0-12.0)", "1.16 (1.15-1.17)", "1.19"),
     ]

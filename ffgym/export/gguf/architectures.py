@@ -233,12 +233,7 @@ def _lacking(architecture: Architecture, contents: Contents) -> Iterator[tuple[s
         yield f"divides attention scores by the root of {scale}, not of {wanted}", ""
     if architecture.soft_caps != bool(getattr(config, "attn_logit_softcapping", None)):
         yield f"{'caps' if architecture.soft_caps else 'does not cap'} attention scores", ""
-    unread = [
-        (index, name)
-        for index in range(len(layers))
-        for name in contents.biased(index)
-        if name not in architecture.biases
-    ]
+    unread = [(i, name) for i in range(len(layers)) for name in contents.biased(i) if name not in architecture.biases]
     if unread:
         index, name = unread[0]
         ours = name in ("o_proj", "down_proj")
