@@ -93,7 +93,7 @@ def bench(
             with disk_errors():
                 share(benches)
                 missing = _missing(benches)
-                written = [each.file.with_suffix(".md") for each in benches] + [cell.path for _, cell in missing]
+                written = [each.file.with_suffix(".md") for each in benches] + [cell.path for cell in missing]
                 for path in {path.parent: path for path in written}.values():
                     check_writable(path, COPY)  # before hours of work, not after them
                 wanted = WorkersTable(count=workers, ray_address=ray_address)
@@ -101,7 +101,8 @@ def bench(
                 runs = _open_runs(benches, missing, stack, reporter)
                 if missing:
                     parents = {file: tracker.run_id for file, tracker in runs.items()}
-                    failures = compute(missing, parents, reporter, cluster)
+                    cells = [cell for each in benches for cell in each.cells]
+                    failures = compute(missing, cells, parents, reporter, cluster)
                     share(benches)
         for each in benches:
             results = {path: stored.get(path) or CELL_RESULT.read(path) for path in each.results}
@@ -124,15 +125,13 @@ def bench(
 
 
 @contextmanager
-def _workers(
-    table: WorkersTable, missing: Sequence[tuple[Bench, Cell]], reporter: Reporter
-) -> Iterator[Cluster | None]:
+def _workers(table: WorkersTable, missing: Sequence[Cell], reporter: Reporter) -> Iterator[Cluster | None]:
     """The workers for what is missing, and the number of threads that each of them, or this process, has."""
     before = torch.get_num_threads()
     threads = before if table.ray_address else max(1, before // table.count)
     least = 2 if table.ray_address else 1  # one worker would be this process
     wanted = table.model_copy(update={"count": min(table.count, max(least, len(missing)))})
-    device = missing[0][1].config.model.device
+    device = missing[0].config.model.device
     with computing_threads(threads), cluster_of(wanted, device, reporter.print) as cluster:
         yield cluster
 
@@ -175,29 +174,26 @@ def share(benches: Sequence[Bench]) -> None:
             write_result(cell.path, result.model_copy(update={"label": cell.label}))
 
 
-def _missing(benches: Sequence[Bench]) -> list[tuple[Bench, Cell]]:
+def _missing(benches: Sequence[Bench]) -> list[Cell]:
     """What has to be computed, in the order of the files; cells that are the same work become one that says it all."""
-    wanted: dict[str, tuple[Bench, Cell]] = {}
-    for each in benches:
-        for cell in each.cells:
-            if not cell.path.exists():
-                owner, twin = wanted.get(cell.digest, (each, cell))
-                both = replace(twin, marks=max(twin.marks, cell.marks), plain=twin.plain or cell.plain)
-                wanted[cell.digest] = owner, both
+    wanted: dict[str, Cell] = {}
+    for cell in (cell for each in benches for cell in each.cells if not cell.path.exists()):
+        twin = wanted.get(cell.digest, cell)
+        wanted[cell.digest] = replace(twin, marks=max(twin.marks, cell.marks), plain=twin.plain or cell.plain)
     return list(wanted.values())
 
 
 def _open_runs(
-    benches: Sequence[Bench], missing: Sequence[tuple[Bench, Cell]], stack: ExitStack, reporter: Reporter
+    benches: Sequence[Bench], missing: Sequence[Cell], stack: ExitStack, reporter: Reporter
 ) -> dict[Path, Tracker]:
     """One MLflow run per bench file that has something to compute, open until the stack is left.
 
     A bench that was interrupted goes on in the run it had, even if only its table is left to write: a note says which.
     """
-    for _, cell in missing:
+    for cell in missing:
         make_agent(cell.config)  # so that a wrong option is refused before any cell is computed
     runs: dict[Path, Tracker] = {}
-    computing = {owner.file for owner, _ in missing}
+    computing = {cell.bench for cell in missing}
     for each in (each for each in benches if each.cells):
         note = _parent_note(each)
         if each.file in runs or (each.file not in computing and not note.exists()):

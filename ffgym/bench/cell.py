@@ -54,6 +54,9 @@ class Cell:
     seed: int
     config: RunConfig
     path: Path
+    bench: Path  # the file that asks for it
+    title: str  # of that bench
+    round: int  # which of its agent's seeds it has, from 0: first seeds are computed first
     marks: int  # at how many token marks the incumbent is measured, >= 2
     plain: bool = False  # what was found is also measured without any refit
 
@@ -92,7 +95,6 @@ class Job:
     # (name, options) of every heuristic that cells on the same prepared model ask for
     heuristics: tuple[tuple[str, JSONDict], ...]
     parent: str | None  # MLflow run that the cell's is a child of; None where tracking is off
-    title: str
     places: tuple[str, ...] = ()  # model and texts where the bench has found them, which a worker's machine must see
     plugins: tuple[ForeignPlugin, ...] = ()  # which it must have
 
@@ -137,7 +139,7 @@ class CellRunner:
         log = folder / _log_name(cell, task)
         note = log.with_suffix(".run")
         watch = _Incumbents(task, agent, cell.marks)
-        run = noted_run(config, f"{job.title}: {cell.name}", note, self._reporter, parent=job.parent)
+        run = noted_run(config, f"{cell.title}: {cell.name}", note, self._reporter, parent=job.parent)
         with ExitStack() as ending, run as tracker:
             tracker.log_config(config.model_dump(mode="json"), to_toml(config))
             tracker.set_tags(run_tags(task))

@@ -129,7 +129,7 @@ def read_bench(file: Path) -> Bench:
         _check_is_known(file, label, spec.variants)
         changes = spec.variants.get(label, {"agent": {"name": label}})
         _check_says_who_searches(file, label, changes)
-        for seed in spec.seeds_of(label):
+        for number, seed in enumerate(spec.seeds_of(label)):
             try:
                 config = _resolved(spec, changes, seed)
             except ConfigError as error:
@@ -142,7 +142,7 @@ def read_bench(file: Path) -> Bench:
             if not config.searches and seed != spec.seeds[0]:
                 continue
             path = result_file(file, spec, label, seed)
-            cells.append(Cell(label, seed, config, path, spec.marks, spec.plain))
+            cells.append(Cell(label, seed, config, path, file, spec.title, number, spec.marks, spec.plain))
     return Bench(file, spec, tuple(cells))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ffgym.bench.cell import Cell, CellRunner, Job
-from ffgym.bench.file import Bench
 from ffgym.errors import (
     AssetError,
     DataError,
@@ -27,7 +27,6 @@ from ffgym.prepare.configured import used_plugins
 from ffgym.prepare.workers import foreign_plugins, local_places
 from ffgym.report.progress import Reporter, clock
 from ffgym.search.finals import expected_tokens
-from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
     from ffgym.execute.ray import Cluster
@@ -50,11 +49,15 @@ class Failure(NamedTuple):
 
 
 def compute(
-    cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], reporter: Reporter, cluster: Cluster | None
+    missing: Sequence[Cell],
+    cells: Sequence[Cell],
+    parents: Mapping[Path, str | None],
+    reporter: Reporter,
+    cluster: Cluster | None,
 ) -> list[Failure]:
     """Compute cells, one seed of everything first; cells that share a prepared model follow one another.
 
-    The parents are the MLflow runs of the bench files. Without a cluster this process computes alone.
+    The arguments are those of `CellQueue`. Without a cluster this process computes alone.
 
     Returns:
         what failed.
@@ -62,9 +65,9 @@ def compute(
     Raises:
         FFGymError: what would make all other cells fail, too.
     """
-    queue = CellQueue(cells, parents, reporter)
+    queue = CellQueue(missing, cells, parents, reporter)
     if cluster is not None:
-        cluster.pool(in_worker, reporter.print, SECONDS_TO_END).work(queue, len(cells))
+        cluster.pool(in_worker, reporter.print, SECONDS_TO_END).work(queue, len(missing))
         return queue.failures
     runner = CellRunner(reporter)
     while (job := queue.take(0)) is not None:
@@ -85,27 +88,27 @@ def in_worker(reporter: Reporter) -> Callable[[Job, Any], None]:
 
 
 class CellQueue:
-    """Hands out cells: first seeds first, and within them what the worker has the prepared model for."""
+    """Hands out cells: first seeds first, and within them what the worker has the prepared model for.
+
+    Args:
+        missing: to be computed.
+        cells: all of the benches, finished ones too: a bench that goes on shall find the model that it has prepared.
+        parents: the MLflow runs of the bench files.
+    """
 
     def __init__(
-        self, cells: Sequence[tuple[Bench, Cell]], parents: Mapping[Path, str | None], reporter: Reporter
+        self, missing: Sequence[Cell], cells: Sequence[Cell], parents: Mapping[Path, str | None], reporter: Reporter
     ) -> None:
-        self._waiting = list(cells)
+        self._waiting = list(missing)
+        self._cells = cells
         self._parents = parents
         self._reporter = reporter
         self._prepared: dict[int, str] = {}  # the preparation that each worker holds
-        self._heuristics: dict[str, tuple[tuple[str, JSONDict], ...]] = {}
-        # Of cells that are finished too: a bench that goes on shall find the model that it has prepared.
-        for cell in (cell for each in {each.file: each for each, _ in cells}.values() for cell in each.cells):
-            prior = cell.config.prior
-            asked = self._heuristics.get(cell.preparation, ())
-            if prior.name != "none" and (prior.name, prior.options) not in asked:
-                self._heuristics[cell.preparation] = (*asked, (prior.name, prior.options))
-        self._count, self._begun = len(cells), 0.0
-        self._running: dict[int, tuple[Bench, Cell]] = {}
-        self._losses: dict[str, int] = {}
-        self._done, self._total = 0, sum(_tokens(cell) for _, cell in cells)
-        is_alike = len({cell.preparation for _, cell in cells}) == 1
+        self._count, self._begun = len(missing), 0.0
+        self._running: dict[int, Cell] = {}
+        self._losses: Counter[str] = Counter()
+        self._done, self._total = 0, sum(map(_tokens, missing))
+        is_alike = len({cell.preparation for cell in missing}) == 1
         self._stopping = SHARED + PREPARING if is_alike else SHARED
         self.failures: list[Failure] = []
 
@@ -116,34 +119,35 @@ class CellQueue:
 
     def take(self, worker: int, alive: Set[int] = frozenset()) -> Job | None:
         """The next cell for a free worker, of those that no other bench has computed since."""
-        for elsewhere in [pair for pair in self._waiting if pair[1].path.exists()]:
+        for elsewhere in [cell for cell in self._waiting if cell.path.exists()]:
             self._waiting.remove(elsewhere)
-            self._total -= _tokens(elsewhere[1])
+            self._total -= _tokens(elsewhere)
         if not self._waiting:
             return None
         own = self._prepared.get(worker)
         others = {key for other, key in self._prepared.items() if other != worker}
-        each, cell = min(  # the first of several that are equally good
-            self._waiting, key=lambda p: (_round(p), p[1].preparation != own, p[1].preparation in others)
+        cell = min(  # the first of several that are equally good
+            self._waiting, key=lambda cell: (cell.round, cell.preparation != own, cell.preparation in others)
         )
-        self._waiting.remove((each, cell))
+        self._waiting.remove(cell)
         if not (self._done or self._running):
             self._begun = time.monotonic()  # what workers took to start says nothing of the pace
         self._prepared[worker] = cell.preparation
-        self._running[worker] = each, cell
+        self._running[worker] = cell
         left = ""
         if self._done:
             seconds = (time.monotonic() - self._begun) / self._done * (self._total - self._done)
             left = f", {clock(seconds)} left in all"
         number = self._count - len(self._waiting)
-        self._reporter.print(f"{each.spec.title}: cell {number} of {self._count}: {cell.name}{left}")
-        heuristics, places = self._heuristics.get(cell.preparation, ()), local_places(cell.config)
+        self._reporter.print(f"{cell.title}: cell {number} of {self._count}: {cell.name}{left}")
+        priors = [each.config.prior for each in self._cells if each.preparation == cell.preparation]
+        heuristics = tuple((prior.name, prior.options) for prior in priors if prior.name != "none")
         plugins = foreign_plugins(used_plugins(cell.config).values())
-        return Job(cell, heuristics, self._parents[each.file], each.spec.title, places, plugins)
+        return Job(cell, heuristics, self._parents[cell.bench], local_places(cell.config), plugins)
 
     def done(self, worker: int, answer: None = None) -> None:
         """Take note that the worker's cell is written, or that it was left to another bench, which took no time."""
-        _, cell = self._running.pop(worker)
+        cell = self._running.pop(worker)
         if cell.path.exists():
             self._done += _tokens(cell)
         else:
@@ -151,7 +155,7 @@ class CellQueue:
 
     def failed(self, worker: int, error: Exception) -> bool:
         """Leave out a cell that failed, unless the others would fail, too; see `Queue`."""
-        _, cell = self._running.pop(worker)
+        cell = self._running.pop(worker)
         if not isinstance(error, FFGymError):
             return False
         if isinstance(error, self._stopping):
@@ -165,12 +169,12 @@ class CellQueue:
 
     def lost(self, worker: int) -> None:
         """Have a cell computed again by another worker, which goes on from its log."""
-        each, cell = self._running.pop(worker)
+        cell = self._running.pop(worker)
         self._prepared.pop(worker, None)
-        self._losses[cell.key] = self._losses.get(cell.key, 0) + 1
+        self._losses[cell.key] += 1
         if self._losses[cell.key] >= ATTEMPTS:
             raise too_often(cell.name)
-        self._waiting.insert(0, (each, cell))
+        self._waiting.insert(0, cell)
 
     def patience(self, worker: int) -> float | None:
         """A cell may take any time."""
@@ -187,8 +191,3 @@ def _tokens(cell: Cell) -> int:
         return spent + report_tokens
     finals = expected_tokens(search.finalists, search.final_tokens, agent.recommendations, config.final_windows)
     return spent + finals + cell.marks * report_tokens
-
-
-def _round(pair: tuple[Bench, Cell]) -> int:
-    """Which of its bench's seeds a cell has."""
-    return pair[0].spec.seeds_of(pair[1].label).index(pair[1].seed)

@@ -315,16 +315,16 @@ def test_a_cluster_is_named_where_one_process_computes_all_cells(tmp_path: Path)
 
 def order(*benches: Any, workers: tuple[int, ...] = (0,)) -> list[str]:
     """What free workers are handed, taking turns, and each done before its next."""
-    pairs = [(each, cell) for each in benches for cell in each.cells]
-    queue = CellQueue(pairs, {each.file: None for each in benches}, Reporter(Console(quiet=True)))
+    cells = [cell for each in benches for cell in each.cells]
+    queue = CellQueue(cells, cells, {each.file: None for each in benches}, Reporter(Console(quiet=True)))
     handed: list[str] = []
-    while len(handed) < len(pairs):
+    while len(handed) < len(cells):
         for worker in workers:
             job = queue.take(worker)
             assert isinstance(job, Job)
             handed.append(f"{job.cell.label}{job.cell.seed}")
             queue.done(worker)
-            if len(handed) == len(pairs):
+            if len(handed) == len(cells):
                 break
     assert queue.take(0) is None
     return handed
@@ -443,7 +443,7 @@ def test_a_cell_that_another_bench_has_finished_meanwhile_is_not_computed_again(
     runner = cell_module.CellRunner(Reporter(Console(quiet=True)))
     cell.path.parent.mkdir()
     cell.path.write_text("done")
-    runner(Job(cell, (), None, "Small"))
+    runner(Job(cell, (), None))
     assert cell.path.read_text() == "done"
 
 
@@ -458,7 +458,7 @@ def test_what_a_workers_machine_lacks_is_not_looked_up_on_the_hub(
     given = {"model": {"name": "org/model"}, "data": {"calibration": "org/text.txt"}}
     each = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables=given))
     reporter = Reporter(Console(quiet=True))
-    job = CellQueue([(each, each.cells[0])], {each.file: None}, reporter).take(0)
+    job = CellQueue(each.cells[:1], each.cells, {each.file: None}, reporter).take(0)
     assert isinstance(job, Job)
     Path(moved).rename("org/moved")  # as if this were another machine
     with pytest.raises(WorkerError, match=f"a worker on .* does not see {tmp_path / moved}"):
@@ -488,7 +488,7 @@ def test_a_plugin_that_a_workers_machine_lacks_is_named_with_its_package(
     install("acme-rewards", REWARD)
     each = read_bench(bench_file(tmp_path, agents=["uniform"], seeds=[0], tables={"reward": {"name": "acme"}}))
     reporter = Reporter(Console(quiet=True))
-    job = CellQueue([(each, each.cells[0])], {each.file: None}, reporter).take(0)
+    job = CellQueue(each.cells[:1], each.cells, {each.file: None}, reporter).take(0)
     assert isinstance(job, Job)
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")  # as if this were another machine
     with pytest.raises(WorkerError, match=r"a worker on .* does not have reward 'acme'") as raised:

@@ -29,7 +29,7 @@ def test_what_is_left_is_counted_in_tokens(tmp_path: Path, monkeypatch: pytest.M
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
-    queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    queue = CellQueue(each.cells, each.cells, {each.file: None}, Reporter(console))
     now[0] += 60.0  # workers start
     for _ in each.cells:
         now[0] += written(queue.take(0), tokens_a_second=100)
@@ -53,7 +53,7 @@ def test_what_another_bench_computes_takes_no_time_of_this_one(tmp_path: Path, m
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=200)
-    queue = CellQueue([(each, cell) for cell in each.cells], {each.file: None}, Reporter(console))
+    queue = CellQueue(each.cells, each.cells, {each.file: None}, Reporter(console))
     queue.take(0)
     queue.done(0)  # random: another bench has its lock, and no file is there yet
     now[0] += written(queue.take(0), tokens_a_second=100)
