@@ -251,8 +251,10 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
         target = _number("sparsity", options.get("sparsity", self.sparsity))
         self.budget.check(target)
         subset, examples = options.get("subset"), options.get("examples")
-        subset = None if subset is None else self._checked(subset)
-        examples = None if examples is None else self._checked_examples(examples)
+        if subset is not None:
+            subset = _indices("subset", subset, "search windows", len(self.windows), needed=True)
+        if examples is not None:
+            examples = _indices("examples", examples, "task examples", len(self.examples), needed=bool(self._tasks))
         slopes = options.get("slopes", False)
         if not isinstance(slopes, bool | np.bool_):
             raise _mistyped("slopes", slopes, "True or False")
@@ -262,31 +264,6 @@ class PruningEnv(gymnasium.Env[np.ndarray, np.ndarray]):
             self._subset = self.draw(self.np_random, self.episode_windows) if subset is None else subset
             self._examples = self.draw_examples(self.np_random, len(self._subset)) if examples is None else examples
             return self.observation(), {}
-
-    def _checked(self, subset: Sequence[int]) -> tuple[int, ...]:
-        indices = _indices("subset", subset)
-        if not indices or min(indices) < 0 or max(indices) >= len(self.windows):
-            raise DataError(
-                f"the subset {list(indices)} cannot be used for an episode: it needs at least one of the search"
-                f" windows 0 to {len(self.windows) - 1}",
-                hint="Give indices of search windows, or leave the option out to draw them at random.",
-            )
-        return indices
-
-    def _checked_examples(self, examples: Sequence[int]) -> tuple[int, ...]:
-        indices = _indices("examples", examples)
-        if self._tasks and not indices:
-            raise DataError(
-                f"reward {self.reward.name!r} needs accuracy, and this episode was given no task examples",
-                hint="Give indices of task examples, or leave the option out to draw them at random.",
-            )
-        if indices and (min(indices) < 0 or max(indices) >= len(self.examples)):
-            there = f"0 to {len(self.examples) - 1}" if self.examples else "none, because its reward needs none"
-            raise DataError(
-                f"the examples {list(indices)} cannot be used for an episode: this environment has {there}",
-                hint="Give indices of task examples, or leave the option out to draw them at random.",
-            )
-        return indices
 
     def observation(self) -> np.ndarray:
         """(target sparsity, fidelity), shape (2,), float32."""
@@ -403,11 +380,20 @@ def _number(option: str, given: Any) -> float:
     raise _mistyped(option, given, "a number")
 
 
-def _indices(option: str, given: Sequence[int]) -> tuple[int, ...]:
+def _indices(option: str, given: Sequence[int], what: str, count: int, *, needed: bool) -> tuple[int, ...]:
+    """Indices of what the environment has so many of; at least one where an episode needs it."""
     try:
-        return tuple(_index(each) for each in given)
+        indices = tuple(_index(each) for each in given)
     except TypeError:
         raise _mistyped(option, given, "a list of whole numbers") from None
+    if (needed and not indices) or not all(0 <= index < count for index in indices):
+        there = f"{what} 0 to {count - 1}" if count else f"no {what}"
+        least = ", and an episode needs at least one" if needed else ""
+        raise DataError(
+            f"the {option} {list(indices)} cannot be used for an episode: this environment has {there}{least}",
+            hint=f"Give indices of {what}, or leave the option out to draw them at random.",
+        )
+    return indices
 
 
 def _index(given: Any) -> int:
