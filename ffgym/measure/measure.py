@@ -162,18 +162,15 @@ def _side_by_side(
 def _with_memory(found: Measurement, device: str, folder: Path, source: DenseModel, reporter: Reporter) -> Measurement:
     """Add the peak memory of both, each in a fresh process."""
     batch, length = found.memory_work
-    models = {"dense": (source.name, source.revision), "pruned": (str(folder), None)}
-    measured = {}
+    models = ((found.dense, source.name, source.revision), (found.pruned, str(folder), None))
+    footprints: list[Footprint] = []
     with reporter.stage("peak memory, each alone", len(models)) as stage:
-        for role, (name, revision) in models.items():
+        for footprint, name, revision in models:
             probe = MemoryProbe(name, revision, found.dtype, device, torch.get_num_threads(), batch, length)
-            measured[role] = measure_memory(probe)
+            footprints.append(replace(footprint, memory=measure_memory(probe)))
             stage.advance()
-    return replace(
-        found,
-        dense=replace(found.dense, memory=measured["dense"]),
-        pruned=replace(found.pruned, memory=measured["pruned"]),
-    )
+    dense, pruned = footprints
+    return replace(found, dense=dense, pruned=pruned)
 
 
 def _workloads(batch_sizes: Sequence[int], lengths: Sequence[int] | None, limit: int) -> list[Workload]:

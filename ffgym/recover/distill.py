@@ -24,7 +24,7 @@ from ffgym.models.families import Family, dense_or_pruned_family_of, family_of_p
 from ffgym.models.walk import Stream, Walk
 from ffgym.prepare.statistics import arguments_of
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
-from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.recover.training import LARGEST_GRADIENT, batch_at, diverged, rate_at
 from ffgym.report.layout import counted
 
 Weights = dict[str, torch.Tensor]
@@ -184,10 +184,7 @@ def _train(
         loss = (_output(mlp, weights, inputs[indices]) - targets[indices].float()).square().mean() / scale
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise RecoveryError(
-                f"training diverged: the error of layer {layer}'s MLP is {value} at step {step + 1}",
-                hint=f"Lower recover.learning_rate, now {setup.learning_rate:g}, and start anew with --overwrite.",
-            )
+            raise diverged(f"the error of layer {layer}'s MLP is {value} at step {step + 1}", setup.learning_rate)
         for group in optimiser.param_groups:
             group["lr"] = rate_at(step, steps, setup.learning_rate)
         optimiser.zero_grad()

@@ -25,7 +25,7 @@ from ffgym.models.placement import devices_of
 from ffgym.plugins.bases import PluginConfig
 from ffgym.recover.checkpoint import random_state, set_random_state
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
-from ffgym.recover.training import LARGEST_GRADIENT, batch_at, rate_at
+from ffgym.recover.training import LARGEST_GRADIENT, batch_at, diverged, rate_at
 from ffgym.report.layout import counted
 
 ADAPTER = "default"
@@ -246,10 +246,7 @@ class _Training:
         self._optimiser.zero_grad()
         loss = self._gradient(setup.windows[torch.from_numpy(indices)])
         if not math.isfinite(loss):
-            raise RecoveryError(
-                f"training diverged: the loss of step {step + 1} is {loss}",
-                hint=f"Lower recover.learning_rate, now {setup.learning_rate:g}, and start anew with --overwrite.",
-            )
+            raise diverged(f"the loss of step {step + 1} is {loss}", setup.learning_rate)
         nn.utils.clip_grad_norm_(self._parameters.values(), LARGEST_GRADIENT)
         with held_back_interrupts():
             for group in self._optimiser.param_groups:

@@ -1,4 +1,4 @@
-"""What every training here shares: which items a step learns from, and how large the step is. Both know no state."""
+"""What every training here shares: which items a step learns from, how large the step is, and when it has failed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+from ffgym.errors import RecoveryError
 
 WARM_UP_SHARE = 0.05
 LARGEST_GRADIENT = 1.0  # gradients are clipped to this norm
@@ -21,6 +23,12 @@ def batch_at(step: int, size: int, count: int, seed: Sequence[int]) -> np.ndarra
     order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(count) for epoch in epochs])
     chosen: np.ndarray = order[positions - epochs[0] * count]
     return chosen
+
+
+def diverged(what: str, learning_rate: float) -> RecoveryError:
+    """The error for a training whose loss is no number any more."""
+    hint = f"Lower recover.learning_rate, now {learning_rate:g}, and start anew with --overwrite."
+    return RecoveryError(f"training diverged: {what}", hint=hint)
 
 
 def rate_at(step: int, steps: int, highest: float) -> float:
