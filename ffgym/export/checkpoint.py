@@ -203,11 +203,9 @@ def _save_by_layer(pruned: Any, prunable: PrunableModel, folder: Path) -> None:
         for index, group in itertools.groupby(names, layer_of):
             with nullcontext() if index < 0 else prunable.layer(index):
                 known = _checkpoint_weights(prunable)
-                found = {name: known[name] if name in known else outline[name] for name in group}
-                content |= {
-                    name: tensor.to("cpu", outline[name].dtype, copy=True).contiguous()
-                    for name, tensor in found.items()
-                }
+                for name in group:
+                    tensor = known.get(name, outline[name])
+                    content[name] = tensor.to("cpu", outline[name].dtype, copy=True).contiguous()
         save_file(content, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         numbers = {"total_parameters": sum(tensor.numel() for tensor in outline.values()), **shards.metadata}

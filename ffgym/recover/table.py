@@ -61,11 +61,8 @@ def _perplexity(row: Measured) -> str:
 
 
 def _losses(row: Measured) -> JSONDict:
-    return {
-        "perplexity": row.evaluation.perplexity,
-        "loss": row.evaluation.loss,
-        "loss_stderr": standard_error(row.evaluation.losses),
-    }
+    found = row.evaluation
+    return {"perplexity": found.perplexity, "loss": found.loss, "loss_stderr": standard_error(found.losses)}
 
 
 def recovered_card(
