@@ -33,17 +33,8 @@ CHANNELS = 256  # engines round an MLP's width up to a multiple
 NORM = "model.norm.weight"
 FAMILIES = ("llama", "mistral")
 SETTINGS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "vocab_size",
-    "hidden_act",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "vocab_size"),
+    *("hidden_act", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 TRY = "--ignore-chat-template --max-tokens 32 --prompt 'Once upon a time'"
 

@@ -181,7 +181,8 @@ class _Training:
         try:
             with raising_if_out_of_memory(short):
                 while True:
-                    if self._is_due() and not any(step == self.step for step, _ in self.curve.held_out):
+                    is_due = self.step % self._setup.evaluate_every == 0 or self.step == self._steps
+                    if is_due and not any(step == self.step for step, _ in self.curve.held_out):
                         self._evaluate()
                     if self.step == self._steps:
                         break
@@ -224,9 +225,6 @@ class _Training:
                     self._optimiser.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         self._random = {name: state for name, state in tensors.items() if name.startswith("random.")}
         set_random_state(self._random, self._devices)
-
-    def _is_due(self) -> bool:
-        return self.step % self._setup.evaluate_every == 0 or self.step == self._steps
 
     def _evaluate(self) -> None:
         self._model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import cached_property
 from typing import Any
 
 SECONDS = 10.0  # between samples
@@ -16,7 +17,6 @@ class SystemMetrics:
     """
 
     def __init__(self) -> None:
-        self._monitors: list[Any] | None = None
         self._next = time.monotonic() + SECONDS
 
     def sample(self) -> list[tuple[str, float, int]]:
@@ -24,8 +24,6 @@ class SystemMetrics:
         if time.monotonic() < self._next:
             return []
         self._next = time.monotonic() + SECONDS
-        if self._monitors is None:
-            self._monitors = _monitors()
         step, points = int(time.time()), []
         for monitor in self._monitors:
             monitor.clear_metrics()
@@ -33,14 +31,14 @@ class SystemMetrics:
             points += [(f"system/{name}", value, step) for name, value in monitor.aggregate_metrics().items()]
         return points
 
+    @cached_property
+    def _monitors(self) -> list[Any]:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
-def _monitors() -> list[Any]:
-    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
-    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
-    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
-    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-    monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-    with contextlib.suppress(Exception):  # no such package, no such driver, no GPU
-        monitors.append(GPUMonitor())
-    return monitors
+        monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(Exception):  # no such package, no such driver, no GPU
+            monitors.append(GPUMonitor())
+        return monitors

@@ -50,11 +50,6 @@ class Tensor:
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
 
-    @property
-    def is_matrix(self) -> bool:
-        """Norms and biases stay float32, whatever the file's dtype: llama.cpp adds and multiplies in it."""
-        return len(self.shape) > 1
-
 
 class Gguf(ExportFormat):
     """One file with weights, sizes and tokenizer, which llama.cpp runs."""
@@ -289,7 +284,8 @@ def _one_or_all(sizes: list[int]) -> int | list[int]:
 
 
 def _write(writer: Any, tensors: Sequence[Tensor], dtype: str, progress: OnStep) -> None:
-    wanted = [DTYPES[dtype if tensor.is_matrix else "f32"] for tensor in tensors]
+    # Norms and biases stay float32, whatever the file's dtype: llama.cpp adds and multiplies in it.
+    wanted = [DTYPES[dtype if len(tensor.shape) > 1 else "f32"] for tensor in tensors]
     sizes = [torch.Size(t.shape).numel() * w[0].itemsize for t, w in zip(tensors, wanted, strict=True)]
     for tensor, (_, kind, _), size in zip(tensors, wanted, sizes, strict=True):
         writer.add_tensor_info(tensor.name, tensor.shape, None, size, raw_dtype=kind)
