@@ -41,8 +41,8 @@ def compare(
     if len(runs) < 2:
         raise typer.BadParameter("name at least two runs", param_hint="RUN")
     output = output.expanduser()
-    check_writable(output / "comparison.md", OUTPUT_OPTION)
     found = compare_runs([stored_run(run, Path(root).expanduser(), experiment) for run in runs])
+    check_writable(output / "comparison.md", OUTPUT_OPTION)
     table = found.layout()
     write_text(output / "comparison.md", table.markdown())
     written = ["comparison.md"]

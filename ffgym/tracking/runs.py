@@ -74,7 +74,8 @@ def find_run(root: Path, text: str, experiment: str = "ffgym") -> TrackedRun:
     try:
         runs = list_runs(root, experiment)
     except TrackingError as error:
-        raise TrackingError(f"{text!r} is no folder of a run, and {error.message}", hint=error.hint) from error
+        what, hint = f"{text!r} is no folder of a run, and {error.message}", f"Check the path. {error.hint}"
+        raise TrackingError(what, hint=hint) from error
     matches = (
         [run for run in runs if run.name == text],
         [run for run in runs if len(text) >= 4 and run.id.startswith(text.lower())],

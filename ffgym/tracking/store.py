@@ -78,11 +78,11 @@ def reading_store(root: Path, action: str) -> Iterator[tuple[Any, str]]:
         if not database(root).is_file():
             raise TrackingError(
                 f"there is no MLflow store in {root.resolve()} yet",
-                hint="Make one with `ffgym run`, or name its folder: --root DIR, or --set tracking.root=DIR of a run.",
+                hint="`ffgym run` makes one; or name its folder: --root DIR (of `ffgym run`: --set tracking.root=DIR).",
             )
         with contextlib.suppress(sqlite3.Error):  # a store that is only read may be read-only
             adopt(root)
-    with translated(uri, action, "or name another store: --root DIR, or --set tracking.root=DIR of a run."):
+    with translated(uri, action, "or name another store: --root DIR (of `ffgym run`: --set tracking.root=DIR)."):
         yield client_of(uri), uri
 
 

@@ -201,9 +201,12 @@ def test_a_folder_of_something_else_one_run_twice_and_one_run_alone_are_refused(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
     assert "has no config.toml" in failure(call(runs["one"], tmp_path))
-    assert "'runs/noe' is no folder of a run, and there is no MLflow store" in failure(call(runs["one"], "runs/noe"))
+    said = failure(call(runs["one"], "runs/noe"))
+    assert "'runs/noe' is no folder of a run, and there is no MLflow store" in said
+    assert "Check the path" in said
     (runs["better"] / "config.json").touch()
     assert "better is the folder of a saved model" in failure(call(runs["one"], runs["better"]))
     assert "is named twice" in failure(call(runs["one"], runs["one"]))
     alone = call(runs["one"])
     assert (alone.exit_code, "name at least two runs" in alone.stderr) == (2, True)
+    assert not (tmp_path / "comparison").exists(), "a comparison that is refused leaves no folder"
