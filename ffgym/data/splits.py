@@ -217,7 +217,7 @@ def _check_apart(splits: Sequence[Split]) -> None:
             f"corpus {corpus.name!r} of data.{role} and corpus {other.name!r} of data.{other_role} hold the same "
             f"text: {repeated:.0%} of what is read of the first stands in the second too, in runs of "
             f"{REPEATED_TOKENS} tokens or more",
-            hint="Name one text once for both, which is then cut apart, or two different ones.",
+            hint="Name different texts, or one and the same for both: it is then divided between them.",
         )
 
 
