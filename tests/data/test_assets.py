@@ -92,7 +92,7 @@ def test_pip_fetches_the_wanted_files_and_nothing_else_once(asset, wheel, cache,
     assert leftovers(cache) == []
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB)"]
+    assert shown.err.splitlines() == ["Fetching toy_asset-1.0-py3-none-any.whl (0 MB): this test"]
     pip_sees_only(tmp_path / "nowhere")
     assert fetch(asset) == folder
 

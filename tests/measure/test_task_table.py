@@ -48,6 +48,11 @@ def test_a_task_that_a_model_has_not_finished_shows_a_dash():
     assert boolq.split()[-1] == "-"
 
 
+def test_the_perplexity_of_a_destroyed_model_is_a_power_of_ten():
+    table = TaskTable((scores("destroyed", result("piqa", 130_331_837.013)),), task_set("piqa"), None)
+    assert "1.30e+08" in rendered(table)
+
+
 def test_tasks_and_metrics_stay_readable_beside_three_models():
     names = ("models/dense", "runs/x/model", "runs/x/model-recovered")
     table = TaskTable(

@@ -141,6 +141,13 @@ def test_many_agents_are_counted_and_a_range_is_shown_as_such(tmp_path, monkeypa
     assert "35.0%" not in line
 
 
+def test_the_perplexity_of_a_destroyed_model_is_as_short_as_in_the_table_of_its_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = new_store(tmp_path / "mlruns")
+    track(root, "destroyed", result=Result(130_331_837.013, 20.0, 0.2))
+    assert "1.30e+08" in listed(root)
+
+
 def test_it_is_sorted_with_what_has_no_value_last(root):
     assert names(root, "--sort", "result")[:3] == ["third", "first", "second"]
     assert names(root, "--sort=-result")[:3] == ["second", "first", "third"]
