@@ -134,7 +134,10 @@ def model_folder(folder: Path) -> Path:
     """
     place = folder.expanduser()
     if not place.exists():
-        raise ModelError(f"{str(folder)!r} does not exist", hint="Name the folder of a saved model, e.g. runs/x/model.")
+        raise ModelError(
+            f"{str(folder)!r} does not exist",
+            hint="Name the folder of a run or of a saved model, e.g. runs/x or runs/x/model.",
+        )
     if place.is_file():
         raise ModelError(
             f"{str(folder)!r} is a file, not the folder of a saved model",
@@ -155,7 +158,7 @@ def model_folder(folder: Path) -> Path:
         raise ModelError(f"the run in {str(folder)!r} has saved no model", hint=f"Continue it: {go_on}")
     raise ModelError(
         f"{str(folder)!r} holds no model: config.json is missing, also from model/ in it",
-        hint="Name the folder of a saved model, e.g. runs/x/model.",
+        hint="Name the folder of a run or of a saved model, e.g. runs/x or runs/x/model.",
     )
 
 
