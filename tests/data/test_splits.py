@@ -187,7 +187,7 @@ def test_a_copy_of_a_text_is_refused_beside_it(corpora, tmp_path, names, tokens,
     sizes = dict(zip(("calibration_tokens", "search_tokens", "report_tokens"), tokens, strict=True))
     with pytest.raises(DataError, match=refused) as raised:
         splits_of(config(*texts, window=60, **sizes), PLAIN, context_limit=64)
-    assert "Name one text once" in raised.value.hint
+    assert "the same for both" in raised.value.hint
 
 
 def test_a_quotation_is_no_copy(corpora, tmp_path):
