@@ -270,7 +270,8 @@ class _Incumbents:
     def update(self, episodes: Sequence[Episode]) -> None:
         """Note the incumbent where a mark has been passed; the agent's own recommendation goes first."""
         self._history += episodes
-        left = [mark for mark in self._marks if mark > self._spent]
+        spent = self._spent
+        left = [mark for mark in self._marks if mark > spent]
         if len(left) < len(self._marks):
             self._marks = left
             self._note()

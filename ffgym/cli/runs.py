@@ -28,7 +28,7 @@ COLUMNS = {
     "seed": "{}",
     "model": "{}",
     "sparsity": "{:.1%}",
-    "result": "{:,.2f}",
+    "result": "{}",
     "ratio": "{:.3f}",
     "tokens": "{:,}",
 }
@@ -124,7 +124,7 @@ def _cell(run: TrackedRun, column: str) -> str:
     if column == "result":
         from ffgym.report.table import perplexity_text
 
-        return perplexity_text(value)
+        value = perplexity_text(value)
     return COLUMNS[column].format(value)
 
 

@@ -16,6 +16,7 @@ from ffgym.measure.task_definitions import TaskSet
 from ffgym.measure.tasks import Figure, ModelScores, paper_means
 from ffgym.report.layout import Column, Table, strict
 from ffgym.report.paired import MARGIN, SIGN, Difference, difference_data, paired_difference
+from ffgym.report.table import perplexity_text
 from ffgym.types import JSONDict
 
 if TYPE_CHECKING:
@@ -110,10 +111,8 @@ def _cell(metric: Figure | None) -> str:
     """Four decimals, as lm-eval prints them, and the standard error where there is one; powers of ten where huge."""
     if metric is None:
         return "-"
-    if not math.isfinite(metric.value):
-        return "NaN" if math.isnan(metric.value) else "inf"
-    if metric.value >= 1e5:  # the perplexity of a destroyed model
-        return f"{metric.value:.2e}"
+    if not math.isfinite(metric.value) or metric.value >= 1e5:
+        return perplexity_text(metric.value)  # a destroyed model's
     return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")
 
 

@@ -31,6 +31,7 @@ MERGE = "Merge it: merge_and_unload of PEFT's model, then save_pretrained into a
 PICKLED = ("*.bin", "*.pt", "*.pth")
 # The names in a safetensors header of what torch calls otherwise.
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+NAME_ONE = "Name the folder of a run or of a saved model, e.g. runs/x or runs/x/model."
 MODEL_OF_RUN = re.compile(r"model(-[01]\.\d+)?(-recovered)*")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -134,10 +135,7 @@ def model_folder(folder: Path) -> Path:
     """
     place = folder.expanduser()
     if not place.exists():
-        raise ModelError(
-            f"{str(folder)!r} does not exist",
-            hint="Name the folder of a run or of a saved model, e.g. runs/x or runs/x/model.",
-        )
+        raise ModelError(f"{str(folder)!r} does not exist", hint=NAME_ONE)
     if place.is_file():
         raise ModelError(
             f"{str(folder)!r} is a file, not the folder of a saved model",
@@ -158,7 +156,7 @@ def model_folder(folder: Path) -> Path:
         raise ModelError(f"the run in {str(folder)!r} has saved no model", hint=f"Continue it: {go_on}")
     raise ModelError(
         f"{str(folder)!r} holds no model: config.json is missing, also from model/ in it",
-        hint="Name the folder of a run or of a saved model, e.g. runs/x or runs/x/model.",
+        hint=NAME_ONE,
     )
 
 
