@@ -170,8 +170,9 @@ def train_and_save(
         recovery.log_start()
         if checkpoint.exists:
             reporter.print(f"going on with the training in {checkpoint.folder}")
+        rows = recovery.measure_untrained()  # first, so that nothing but saving stands behind hours of training
         outcome, gain, is_kept = recovery.train()
-        return recovery.save(outcome, gain, is_kept, recovery.compare(), place, overwrite)
+        return recovery.save(outcome, gain, is_kept, recovery.compare(rows), place, overwrite)
 
 
 def _load(source: Path, config: RunConfig, name: str | None = None) -> LoadedModel:
@@ -300,11 +301,14 @@ class _Recovery:
             checkpoint=self.checkpoint,
         )
 
-    def compare(self) -> RecoveryTable:
-        """Measure the dense model where it is known, the model before and the trained one on the report split."""
+    def measure_untrained(self) -> list[Measured]:
+        """The dense model where it is known, and the model before training, on the report split."""
+        return [*self._dense_row(), self._measured("before", self.loaded)]
+
+    def compare(self, untrained: Sequence[Measured]) -> RecoveryTable:
+        """Measure the trained model beside the others."""
         report = self.texts.splits.report
-        rows = [*self._dense_row(), self._measured("before", _load(self.source, self.config))]
-        rows.append(self._measured(self.method.name, self.loaded))
+        rows = [*untrained, self._measured(self.method.name, self.loaded)]
         header = (
             f"Perplexity on {report.text}, report split: {report.predicted_tokens:,} tokens "
             f"in windows of {report.windows.shape[1]:,}, {self.loaded.dtype_name}, {bos_text(report.bos)}."
@@ -312,7 +316,7 @@ class _Recovery:
         return RecoveryTable(tuple(rows), header)
 
     def _dense_row(self) -> list[Measured]:
-        """The dense model's row; none where it is not known or cannot be had: no reason to lose a training."""
+        """The dense model's row; none where it is not known or cannot be had."""
         if self.dense is None:
             return []
         try:

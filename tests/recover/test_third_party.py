@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typer.testing import CliRunner
 from ffgym.cli.app import app
 
 METHOD = '''
+import shutil
+
 import ffgym
 from pydantic import Field
 
@@ -32,8 +35,11 @@ class Shrink(ffgym.Recovery):
     class Config(ffgym.PluginConfig):
         steps: int = Field(default=2, ge=1, description="how often to shrink, at least 1")
         colour: str = Field(default="red", description="decides no number")
+        deletes: str = Field(default="", description="a folder that is gone once training begins")
 
     def train(self, setup):
+        if self.config.deletes:
+            shutil.rmtree(self.config.deletes)
         part = setup.checkpoint.load("shrink", dict)
         earlier = part.facts["done"] if part else 0
         rates = [setup.learning_rate] * self.config.steps
@@ -89,6 +95,16 @@ def run_that_trains(folder: Path) -> Any:
 def head(folder: Path) -> torch.Tensor:
     weights = load_file(folder / "model.safetensors")
     return weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.usefixtures("shrink")
+def test_what_happens_to_the_dense_model_during_training_costs_nothing(pruned: Path, tmp_path: Path) -> None:
+    dense = shutil.copytree(glass_tables(tmp_path)["model"]["name"], tmp_path / "dense")
+    options = ("--model", dense, "--set", f"recover.deletes={dense}", "--output", tmp_path / "out", "--json")
+    done = call("recover", pruned, "--method", "shrink", *options)
+    assert done.exit_code == 0, done.output
+    assert not dense.exists()
+    assert [row["label"] for row in json.loads(done.stdout)["table"]] == ["dense", "before", "shrink"]
 
 
 @pytest.mark.usefixtures("shrink")
