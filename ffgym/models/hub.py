@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,14 @@ def hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Pa
         return folder
     except Exception as error:  # as many types as there are ways to fail
         raise loading_error(error, name, name, only_cached=local_files_only) from error
+
+
+def own_card(name: str, revision: str | None) -> Path | None:
+    """The README.md that a model's folder or its page on the hub has; ``None`` where none can be had."""
+    from transformers.utils import cached_file
+
+    options = {"revision": revision or "main", "_raise_exceptions_for_missing_entries": False}
+    with suppress(OSError):  # no hub id, such as a .gguf file, or no connection
+        if found := cached_file(str(Path(name).expanduser()), "README.md", **options):
+            return Path(found)
+    return None

@@ -14,6 +14,7 @@ from ffgym.costs.resource import resource_named
 from ffgym.data.splits import Split
 from ffgym.evaluation.perplexity import evaluate_cut
 from ffgym.export.checkpoint import SavedModel, save_pruned
+from ffgym.models.hub import own_card
 from ffgym.models.origin import Use, hub_base, origin_from
 from ffgym.pipeline.task import Task, cut_to
 from ffgym.plugins.contracts import check_reward
@@ -248,7 +249,7 @@ def _saved(task: Task, found: SearchResult, rows: Sequence[Row], folder: Path) -
     card = model_card(
         title=f"{name}, {percent(found.target)} of {config.prune.resource} pruned",
         base_model=hub_base(config.model.name),
-        license=DEMO_LICENSE if is_demo else stated_license(Path(config.model.name).expanduser() / "README.md"),
+        license=DEMO_LICENSE if is_demo else stated_license(own_card(config.model.name, config.model.revision)),
         table=table,
         sublayers=prunable.sublayers,
         allocation=allocation,

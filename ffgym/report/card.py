@@ -47,6 +47,7 @@ LIMITS = (
     "Nothing was fine-tuned after pruning.",
     "Whatever bias and error the dense model has, this one has too, and it may have more.",
 )
+NO_LICENSE = "The dense model's licence holds for this one, too. None could be read when it was saved."
 
 
 def model_card(
@@ -89,7 +90,7 @@ def model_card(
         "\n".join([f"* seed: {seed}", *(f"* {name} split: {text}" for name, text in splits.items())]),
         "The splits do not overlap. Nothing was selected on the report split; it was measured after the search.",
         "## Limits",
-        "\n".join(f"* {sentence}" for sentence in (*caveats, *LIMITS)),
+        "\n".join(f"* {sentence}" for sentence in (*caveats, *LIMITS, *([] if license else [NO_LICENSE]))),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -103,8 +104,10 @@ def _front_matter(base_model: str | None, license: Mapping[str, str], task: str)
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in TAGS), "---"])
 
 
-def stated_license(card: Path) -> dict[str, str]:
+def stated_license(card: Path | None) -> dict[str, str]:
     """What the card of a model says of its licence, by the Hub's keys; empty where there is none that can be read."""
+    if card is None:
+        return {}
     try:
         front = metadata_load(card) or {}
     except Exception:  # somebody else wrote it, or nobody

@@ -30,6 +30,7 @@ from ffgym.export.checkpoint import save_pruned
 from ffgym.models import placement
 from ffgym.models.cut import PrunableModel
 from ffgym.models.families import family_of
+from ffgym.models.hub import own_card
 from ffgym.models.loading import config_of, load
 from ffgym.testing.models import tiny_model as random_model
 
@@ -553,6 +554,11 @@ def test_a_model_from_the_hubs_cache_names_its_commit_and_says_when_weights_lack
     (gemma / "config.json").write_text('{"model_type": "gemma4"}')
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert load("a/whole", device="cpu").description == "hub model a/whole at 0123456789ab"
+    assert own_card("a/whole", None) is None
+    card = tmp_path / "hub" / "models--a--whole" / "snapshots" / commit / "README.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    assert own_card("a/whole", None) == card
+    assert own_card(str(card.parent), None) == card
     for streamed in (False, True):
         with pytest.raises(ModelError, match="its weights are not in the hub's cache"):
             load("a/empty", device="cpu", streamed=streamed)

@@ -59,7 +59,9 @@ def test_front_matter_is_what_the_hub_reads():
 def test_what_is_not_known_is_left_out():
     text = card(base_model=None, license={})
     assert not {"base_model", "license"} & front_matter(text).keys()
-    assert "None" not in text
+    assert "licence holds for this one, too. None could be read" in text
+    assert "None could be read" not in card()
+    assert "None" not in text.replace("None could be read", "")
 
 
 def test_card_says_how_to_load_rerun_and_judge_the_model():
@@ -113,6 +115,7 @@ class TestLicense:
         assert stated_license(tmp_path / "README.md") == said
 
     def test_no_card_or_a_damaged_one_ends_no_run(self, tmp_path):
+        assert stated_license(None) == {}
         assert stated_license(tmp_path / "README.md") == {}
         (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
         assert stated_license(tmp_path / "README.md") == {}
