@@ -52,6 +52,9 @@ DECISIVE = (  # code that decides bits
     "models/modes.py",
     "models/experts.py",
     "models/sublayer.py",
+    "models/families.py",
+    "models/built_in_families.py",
+    "models/modeling_ffgym.py",
     "plugins/contracts.py",
     "evaluation/perplexity.py",  # of the losses that are kept beside
 )
