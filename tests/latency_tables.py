@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ffgym.costs.latency_fit import grid
+from ffgym.costs.latency_fit import timed_sizes
 from ffgym.costs.latency_table import Curve, LatencyTable, layer_shapes, model_shape
 
 
@@ -12,7 +12,7 @@ def made_up_table(model: Any, *, context: int = 64, mlp: float = 8e-3) -> Latenc
     """Attention: 2 ms and 1 ms a unit. MLP: from 1 ms to ``mlp`` more, in steps of four sizes, with noise."""
     curves = []
     for shape in dict.fromkeys(layer_shapes(model)):
-        sizes = tuple(grid(shape.units))
+        sizes = tuple(timed_sizes(shape.units))
         if shape.kind == "attention":
             seconds = tuple(2e-3 + 1e-3 * size for size in sizes)
         else:

@@ -9,7 +9,7 @@ import numpy as np
 PICOSECONDS = 1e12
 
 
-def grid(units: int, parts: int = 16) -> list[int]:
+def timed_sizes(units: int, parts: int = 16) -> list[int]:
     """Sizes at which a sublayer is timed: all if they are few, else 1 and as many equal parts of its units."""
     if units <= parts + 1:
         return list(range(1, units + 1))

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ffgym.costs.latency_fit import grid
+from ffgym.costs.latency_fit import timed_sizes
 from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, layer_shapes, model_shape
 from ffgym.costs.timing import Spread, timed
 from ffgym.models.families import Family, family_of
 from ffgym.models.placement import devices_of
 from ffgym.models.sublayer import PrunableSublayer
-from ffgym.prepare.statistics import arguments_of
+from ffgym.models.walk import arguments_of
 from ffgym.types import OnStep, do_nothing
 
 REPETITIONS = 9
@@ -78,7 +78,7 @@ def time_model(model: Any, *, context: int, repetitions: int, on_progress: OnSte
         return model.get_output_embeddings()(hidden[:, -1:])
 
     probes = _probes(model, ids)
-    points = [(probe, units) for probe in probes for units in grid(probe.shape.units)]
+    points = [(probe, units) for probe in probes for units in timed_sizes(probe.shape.units)]
     rng = np.random.default_rng(0)
 
     # Warms up, and says how many calls make a sample.
@@ -104,7 +104,7 @@ def time_model(model: Any, *, context: int, repetitions: int, on_progress: OnSte
         curves=tuple(
             Curve.of(
                 probe.shape,
-                grid(probe.shape.units),
+                timed_sizes(probe.shape.units),
                 [Spread.of(column) for (owner, _), column in zip(points, times.T, strict=True) if owner is probe],
             )
             for probe in probes

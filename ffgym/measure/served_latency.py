@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ffgym.costs.latency_cache import place_of, timed_once
-from ffgym.costs.latency_fit import grid, seconds_without
+from ffgym.costs.latency_fit import seconds_without, timed_sizes
 from ffgym.costs.latency_table import Curve, LatencyTable, LayerShape, Serving, layer_shapes, model_shape
 from ffgym.costs.timing import Spread
 from ffgym.errors import ConfigError
@@ -126,7 +126,7 @@ def _timed(
     loaded: LoadedModel, engine: str, context: int, setting: Setting, serving: Serving, reporter: Reporter
 ) -> LatencyTable:
     shapes = layer_shapes(loaded.model)
-    probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in grid(shape.units, PARTS)[:-1]]
+    probes = [_Probe(shape, size) for shape in dict.fromkeys(shapes) for size in timed_sizes(shape.units, PARTS)[:-1]]
     removed = sum(shapes.count(p.shape) * (p.shape.units - p.size) * p.shape.unit_params for p in probes)
     numbers = (len(probes) + 1) * sum(parameter.numel() for parameter in loaded.model.parameters()) - removed
     check_room(
@@ -183,7 +183,7 @@ def _saved(
 
 def _curve(shape: LayerShape, count: int, times: dict[str, Spread]) -> Curve:
     """Times of one of ``count`` sublayers, from those of the models that differ in all of them."""
-    sizes = grid(shape.units, PARTS)
+    sizes = timed_sizes(shape.units, PARTS)
     spreads = [times[_Probe(shape, size).role] for size in sizes[:-1]] + [times[DENSE]]
     without = seconds_without(sizes, [spread.median for spread in spreads])
 

@@ -8,7 +8,7 @@ call needs no layer's weights. The results are bit-equal to those of an ordinary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -233,9 +233,26 @@ def walk_back(
                 yield index, found
 
 
+def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
+    """What ``run`` passes to a module that it calls; the run ends there."""
+    found: list[Arguments] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
+        run()
+    return found[0]
+
+
 def _next_token_losses(ids: torch.Tensor, here: slice, logits: torch.Tensor) -> torch.Tensor:
     targets = ids[:, 1:][:, here].to(logits.device)
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """Raised by a hook that has seen what it was waiting for."""
 
 
 class _Stub(nn.Module):

@@ -7,9 +7,8 @@ pass serves a model of any size.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,28 +16,11 @@ from torch import nn
 from ffgym.errors import ModelError
 from ffgym.models.cut import PrunableModel
 from ffgym.models.sublayer import PrunableSublayer
-from ffgym.models.walk import Arguments, Stream, Walk, all_states, walk_back
+from ffgym.models.walk import Stream, Walk, all_states, walk_back
 from ffgym.pruning.statistics import GRADIENT_STATISTICS, Moments, add_products_, mirror_
 from ffgym.types import LayerStats
 
 PIECE_TOKENS = 512  # longer windows are cut into pieces, to bound the graph of a layer
-
-
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """Raised by a hook that has seen what it was waiting for."""
-
-
-def arguments_of(module: nn.Module, run: Callable[[], object]) -> Arguments:
-    """What ``run`` passes to a module that it calls; the run ends there."""
-    found: list[Arguments] = []
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-        raise _Reached
-
-    with module.register_forward_pre_hook(stop, with_kwargs=True), suppress(_Reached):
-        run()
-    return found[0]
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class Checkpoint:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def weights_digest(folder: Path) -> str:
+def files_digest(folder: Path) -> str:
     """SHA-256 over the safetensors files that are loaded of a model folder, in the order of their names."""
     digest = hashlib.sha256()
     for path in weight_files(folder):

@@ -21,8 +21,7 @@ from torch.func import functional_call
 
 from ffgym.errors import RecoveryError, raising_if_out_of_memory
 from ffgym.models.families import Family, dense_or_pruned_family_of, family_of_pair
-from ffgym.models.walk import Stream, Walk
-from ffgym.prepare.statistics import arguments_of
+from ffgym.models.walk import Stream, Walk, arguments_of
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.training import LARGEST_GRADIENT, batch_at, diverged, rate_at
 from ffgym.report.layout import counted

@@ -34,7 +34,7 @@ from ffgym.models.placement import choose_device, choose_dtype, tokens_per_batch
 from ffgym.plugins import manager
 from ffgym.plugins.contracts import call_plugin
 from ffgym.prepare import configured
-from ffgym.recover.checkpoint import Checkpoint, weights_digest
+from ffgym.recover.checkpoint import Checkpoint, files_digest
 from ffgym.recover.folders import check_recovery_output, output_folder, place_lock, unfinished_folder
 from ffgym.recover.method import Recovery, TrainingOutcome, TrainingSetup
 from ffgym.recover.result import CURVE, RecoveredModel
@@ -205,7 +205,7 @@ def _identity(
         "seed": config.seed,
         "window": config.data.window,
         "dtype": loaded.dtype_name,
-        "weights": weights_digest(source)[:DIGITS],
+        "weights": files_digest(source)[:DIGITS],
         "training text": texts.training.digest[:DIGITS],
         "held-out text": windows_digest(texts.held_out)[:DIGITS],
     }

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffgym.costs.latency_fit import cost_table, grid, seconds_without
+from ffgym.costs.latency_fit import cost_table, seconds_without, timed_sizes
 from ffgym.errors import BudgetError
 from ffgym.pruning.budget import Budget
 from ffgym.types import Sublayer
@@ -55,15 +55,15 @@ class TestTables:
 
 class TestFromTimes:
     def test_few_units_are_all_timed_and_many_by_sixteenths(self):
-        assert grid(3) == [1, 2, 3]
-        assert grid(17) == list(range(1, 18))
-        assert grid(1536) == [1, *range(96, 1537, 96)]
+        assert timed_sizes(3) == [1, 2, 3]
+        assert timed_sizes(17) == list(range(1, 18))
+        assert timed_sizes(1536) == [1, *range(96, 1537, 96)]
 
     @given(st.integers(1, 60), seeds)
     def test_costs_are_whole_and_never_fall(self, units, seed):
         rng = np.random.default_rng(seed)
-        seconds = rng.uniform(1e-6, 1, len(grid(units)))
-        table = cost_table(grid(units), seconds)
+        seconds = rng.uniform(1e-6, 1, len(timed_sizes(units)))
+        table = cost_table(timed_sizes(units), seconds)
         assert table.shape == (units + 1,)
         assert table[0] == 0
         assert (np.diff(table) >= 0).all()
