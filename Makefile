@@ -18,7 +18,7 @@ PLUGINS := $(wildcard plugins/ffgym-*)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 # pip would compile 24,000 files of Python on one core. Some are templates or broken on purpose: hence `|| true`.
 PIP := --quiet --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
