@@ -72,7 +72,7 @@ def glass_tables(folder: Path, **changes: dict[str, Any]) -> dict[str, Any]:
         "tracking": {"enabled": False, "root": str(folder / "mlruns")},
     }
     if "agent" not in changes:  # updates of PER_UPDATE episodes from the start: what interrupts them counts episodes
-        tables["agent"] = {"name": "reinforce", "slope_share": 0.0}
+        tables["agent"] = {"name": "reinforce", "slopes": False}
     for table, values in changes.items():
         tables[table] = {**tables.get(table, {}), **values}
     return tables

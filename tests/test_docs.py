@@ -544,7 +544,7 @@ def test_the_variants_of_the_bench_example_search_in_different_ways(tmp_path: Pa
     (tmp_path / "bench.toml").write_text(spec, encoding="utf-8")
     agents = [cell.config.agent.model_dump() for cell in read_bench(tmp_path / "bench.toml").cells if cell.seed == 0]
     for agent in agents:
-        if agent.get("slope_share"):
+        if agent.get("slopes"):
             for option in ("learning_rate", "spread", "smooth"):
                 del agent[option]
     assert [agent for agent in agents if agents.count(agent) > 1] == []

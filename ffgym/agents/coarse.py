@@ -1,79 +1,83 @@
-"""Whether units of coarse sublayers can go: a third of the sublayers is tried at once, by pairs of episodes.
+"""Whether units of coarse sublayers can go: while slopes are followed, they are tried, and slopes on both sides tell.
 
-A derivative says little of a unit that is a third of its sublayer, but it ranks: of the sublayers whose last unit seems
-to be worth the least, some can give it up. Every episode keeps the last unit of each sublayer that is tried, or not, as
-a coin says, and its twin does the opposite. So the advantage of a pair, times the sign that a sublayer had in it, is
-the score-function estimate of what that unit is worth (REINFORCE for a policy of two levels, each with probability
-1/2), and all units are estimated from the same episodes. A unit whose estimate is clear is no longer tried: both
-episodes of a pair keep it, or drop it, which takes its noise away from the others. In the end the finals choose
-between all units that the evidence is against, those that it is clearer against, and none: the estimates are noisy, and
-units that go together cost more than each alone.
+A derivative says little of a step as large as a third of a sublayer: while the unit is there, it promises too much of
+removing it, and once it is gone, too little. The mean of both is the trapezoid rule, exact to second order. So every
+episode keeps the last unit of each sublayer that is tried, or does without it, and its slope tells of one side. What
+the loss falls by as the unit goes is estimated by the mean of both sides. In the next episode the unit is away with the
+probability that this is above 0: what is in doubt is tried on, and the other sublayers meanwhile learn to do without
+what will probably go.
+
+Sources: the trapezoid rule for the gradient of a discrete choice, ReinMax (Liu et al. 2023, arXiv 2304.08612); choosing
+with the probability of being better, Thompson 1933.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-TRIED_SHARE = 1 / 3  # of the coarse sublayers that can lose a unit; of these, those where the loss seems to fall by it
-CLEAR = 3.0  # standard errors
+TRIED_SHARE = 1 / 3  # of the coarse sublayers, at a time; of these, those where the loss seems to fall as the unit goes
+LEAST_VARIANCE = 1e-30  # so that what never varies is clear
+INSIDE = 0.25  # units by which an importance is inside the unit that is tried, so that its slope tells of that one
 
 
-class UnitTrial:
-    """The policy while units are tried.
+class SampledUnits:
+    """The policy for coarse sublayers, of which some may lose their last unit.
 
     Attributes:
-        start: the mean importances at first, shape (2L,): of what is tried, between its two levels.
-        steps: from there to either level, shape (2L,); 0 where nothing is tried.
+        tried: sublayers whose last unit may go, shape (2L,), bool.
 
     Args:
-        worth: first-order estimate of what the loss falls by as the last unit goes, in nats by importance, shape
-            (2L,); 0 for sublayers that are not coarse.
-        mean: importances that say which units are kept, shape (2L,).
+        coarse: shape (2L,), bool.
+        levels: units that coarse sublayers keep, shape (2L,).
         units: of each sublayer, shape (2L,).
+        may_go: coarse sublayers whose last unit may be tried, shape (2L,), bool.
+        slopes: measured so far with all of these units, in nats by importance, shape (episodes, 2L); above 0, the loss
+            falls as the unit goes.
     """
 
-    def __init__(self, worth: np.ndarray, mean: np.ndarray, units: np.ndarray) -> None:
-        tried = most_promising(worth * 2 / units, int((worth != 0).sum()))
-        level = np.rint((mean + 1) / 2 * units)
-        self.steps = np.where(tried, 1 / units, 0.0)
-        self.start = np.where(tried, 2 * level / units - 1 - self.steps, mean)
-        self._sums, self._pairs = np.zeros(len(mean)), np.zeros(len(mean))
+    def __init__(
+        self, coarse: np.ndarray, levels: np.ndarray, units: np.ndarray, may_go: np.ndarray, slopes: np.ndarray
+    ) -> None:
+        self._coarse, self._levels, self._units = coarse, levels, units
+        gains = np.where(may_go, slopes.mean(axis=0) * 2 / units, 0.0)
+        count = max(1, round(TRIED_SHARE * int(coarse.sum())))
+        self.tried = (gains > 0) & (gains >= np.sort(gains)[-count])
+        # Of the slopes of both sides, with the unit and without it: numbers, sums, sums of squares; shape (3, 2, 2L).
+        self._sums = np.zeros((3, 2, len(units)))
+        for slope in slopes:
+            self.add(slope, levels)
 
-    def noise(self, pairs: int, rng: np.random.Generator) -> np.ndarray:
-        """A coin for each sublayer that is tried, shape (pairs, 2L): one step up or down."""
-        return np.asarray(self.steps * rng.choice([-1.0, 1.0], (pairs, len(self.steps))))
+    def draw(self, mean: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Importances for an episode, shape (2L,): the mean, with or without each unit that is tried."""
+        goes: np.ndarray = rng.standard_normal(len(mean)) < self.clearness
+        return self._placed(mean, goes & self.tried, INSIDE)
 
-    def on_levels(self, noise: np.ndarray | float = 0.0, *, errors: float = 0.0) -> np.ndarray:
-        """Importances with everything that is tried on one of its two levels, as the evidence and the noise say.
+    def settled(self, mean: np.ndarray, errors: float = 0.0) -> np.ndarray:
+        """Importances without the units that the evidence is against by more than so many standard errors, (2L,)."""
+        return self._placed(mean, self.gone(errors), 0.0)
 
-        Args:
-            noise: shape (..., 2L), 0 where nothing is tried.
-            errors: standard errors by which a unit's estimate has to be on the side of going.
-        """
-        goes = self._place() + noise < -errors / CLEAR * self.steps
-        return np.asarray(self.start + np.where(goes, -self.steps, self.steps))
+    def gone(self, errors: float = 0.0) -> np.ndarray:
+        """Sublayers without their last unit then, shape (2L,), bool."""
+        return np.asarray(self.tried & (self.clearness > errors))
 
-    def step(self, advantages: np.ndarray, noise: np.ndarray, moved: np.ndarray) -> np.ndarray:
-        """How far the mean goes, shape (2L,): it stands as far from its start as the evidence is clear.
+    def add(self, slope: np.ndarray, kept: np.ndarray) -> None:
+        """Take the slopes of an episode that kept these units, both of shape (2L,)."""
+        sides = np.stack([kept >= self._levels, kept < self._levels]) & (slope != 0)
+        self._sums += sides * np.stack([np.ones(len(slope)), slope, slope**2])[:, None]
 
-        Args:
-            advantages: of each pair, shape (pairs,).
-            noise: of each pair's first episode, shape (pairs, 2L).
-            moved: whether the episodes of the pair kept different units, shape (pairs, 2L).
-        """
-        before = self._place()
-        self._sums += (advantages[:, None] * np.sign(noise) * moved).sum(axis=0)
-        self._pairs += moved.sum(axis=0)
-        return np.asarray(self._place() - before)
+    @property
+    def clearness(self) -> np.ndarray:
+        """How clear it is that the loss falls as a unit goes, in standard errors, shape (2L,); 0 for lack of slopes."""
+        counts, sums, squares = self._sums
+        enough = (counts > 1).all(axis=0)
+        counts = np.where(enough, counts, 2.0)
+        means = sums / counts
+        variance = ((squares / counts - means**2).clip(0) / (counts - 1)).sum(axis=0)  # of the sum of both means
+        return np.asarray(np.where(enough, means.sum(axis=0) / np.sqrt(variance + LEAST_VARIANCE), 0.0))
 
-    def _place(self) -> np.ndarray:
-        return np.asarray(self.steps * self._sums / np.sqrt(np.maximum(self._pairs, 1)) / CLEAR)
-
-
-def most_promising(gains: np.ndarray, candidates: int) -> np.ndarray:
-    """The sublayers to try, of so many that could be: the third with the highest gains above 0, shape (2L,), bool."""
-    count = max(1, round(TRIED_SHARE * candidates))
-    return np.asarray((gains > 0) & (gains >= np.sort(gains)[-count]))
+    def _placed(self, mean: np.ndarray, goes: np.ndarray, inside: float) -> np.ndarray:
+        at = self._levels - goes + np.where(self.tried, inside * np.where(goes, 1, -1), 0.0)
+        return np.asarray(np.where(self._coarse, 2 * at / self._units - 1, mean))
 
 
 def projection_shift(importance: np.ndarray, kept: np.ndarray, units: np.ndarray) -> np.ndarray:

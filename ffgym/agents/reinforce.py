@@ -10,13 +10,10 @@ is half the difference of its rewards over the root mean square of the update's,
 episodes of a pair kept the same earns nothing: the noise on it changed nothing.
 
 A gradient has two parts, as in a stochastic computation graph. Where the reward has a derivative, the pathwise one is
-far less noisy. So ``slope_share`` of the tokens follows slopes first, one episode an update, as `pathwise` does. A
-sublayer whose units are too coarse for a derivative, such as an attention of three KV groups, has only the score
-function. Its slope is an estimate of what its last unit is worth, so the other tokens try those whose last unit seems
-to be worth the least (`ffgym.agents.coarse`). With ``units = "slopes"`` they are tried while slopes are followed, to
-the end, and the slopes with and without each of them tell (`ffgym.agents.sampled`). Where all seem to be worth keeping,
-where none is coarse, and over a range of budgets, all tokens follow slopes. A reward that weighs several things has no
-slopes that lead where it rises: all tokens explore.
+far less noisy. So all tokens follow slopes, one episode an update, as `pathwise` does. A sublayer whose units are too
+coarse for a derivative, such as an attention of three KV groups, keeps or loses its last unit as a coin says, and the
+slopes with and without it tell (`ffgym.agents.coarse`); over a range of budgets it is left alone. A reward that weighs
+several things has no slopes that lead where it rises: all tokens explore.
 
 Over a range of budgets mu is a line in p (`ffgym.agents.line`). It starts from the prior's allocations at the two
 ends; every update is measured at one p and moves the line so that mu(p) makes the whole step.
@@ -30,38 +27,29 @@ et al. 2014, arXiv 1106.4487); antithetic pairs, Salimans et al. 2017 (arXiv 170
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 
 from ffgym.agents.averaging import tail_mean
-from ffgym.agents.coarse import UnitTrial, projection_shift
+from ffgym.agents.coarse import SampledUnits, projection_shift
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.line import AT_ALL, line_at, line_from, line_through, shares_of_step
 from ffgym.agents.pathwise import SlopeDescent
-from ffgym.agents.sampled import SampledUnits
 from ffgym.plugins.bases import SLOPE_PASSES, BatchAgent, OnUpdate, PluginConfig
 
 GREATEST_ADVANTAGE = 2.0
-SAMPLED_FROM = (0.2, 0.6)  # shares of the tokens after which units begin to be tried by slopes, each time others
-EXPLORING = "used only where all tokens explore: slope_share = 0, or a reward or environment without slopes"
+TRIED_FROM = (0.2, 0.6)  # shares of the tokens after which units begin to be tried, each time others
+EXPLORING = "used only where all tokens explore: slopes = false, or a reward or environment without slopes"
 
 
 class ReinforceConfig(PluginConfig):
     """Options of the agent."""
 
-    slope_share: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="share of the tokens that follows slopes, if there are any and they lead where the reward rises; "
-        "the rest tries units of sublayers with fewer than 6, or follows slopes if there are no such sublayers",
-    )
-    units: Literal["rewards", "slopes"] = Field(
-        "rewards",
-        description="what tells whether units of sublayers with fewer than 6 can go: rewards of episodes with and "
-        "without them, after the slopes | slopes with and without them, with all tokens",
+    slopes: bool = Field(
+        True,
+        description="follow slopes, if there are any and they lead where the reward rises; else all tokens explore",
     )
     learning_rate: float = Field(
         1.0, gt=0, description=f"step of the mean, in units of the policy's spread times the advantage; {EXPLORING}"
@@ -92,7 +80,7 @@ class Reinforce(BatchAgent):
 
     name = "reinforce"
     Config: ClassVar[type[PluginConfig]] = ReinforceConfig
-    edition = 2
+    edition = 3
     least_episodes = 2
     pair_text = True
     budget_conditioned: ClassVar[bool] = True
@@ -103,30 +91,26 @@ class Reinforce(BatchAgent):
         self._line: np.ndarray | None = None  # weights of the mean, shape (2, 2L)
         self._lines: list[np.ndarray] = []
         self._measured_at: float | None = None  # the sparsity of the last update
-        self._slope_share = 0.0
+        self._follows = False
         self._choose_at: tuple[float, ...] = ()
-        self._trial: UnitTrial | None = None
-        self._sampled: SampledUnits | None = None
+        self._trial: SampledUnits | None = None
 
     @property
     def asks_slopes(self) -> bool:
         """Unless all tokens explore."""
-        return bool(self.config.slope_share)
+        return bool(self.config.slopes)
 
     def update_cost(self, episodes_per_update: int) -> int:
         """Of its two kinds of update the dearer one."""
         return max(episodes_per_update, 1 + SLOPE_PASSES) if self.asks_slopes else episodes_per_update
 
     def learn(self, env: Any, *, seed: int, on_update: OnUpdate) -> None:
-        """Follow slopes where the environment has them and they lead where the reward rises, then explore."""
+        """Follow slopes where the environment has them and they lead where the reward rises, else explore."""
         task = env.unwrapped
-        follows = getattr(task, "has_slopes", False) and getattr(task, "slopes_lead", True)
-        self._slope_share, self._choose_at = self.config.slope_share if follows else 0.0, ()
+        self._follows = self.asks_slopes and getattr(task, "has_slopes", False) and getattr(task, "slopes_lead", True)
         coarse = getattr(task, "coarse", None)
-        if self._slope_share and (self.budgets is not None or coarse is None or not coarse.any()):
-            self._slope_share = 1.0
-        elif self._slope_share and self.config.units == "slopes":
-            self._slope_share, self._choose_at = 1.0, SAMPLED_FROM
+        has_trials = self._follows and self.budgets is None and coarse is not None and coarse.any()
+        self._choose_at = TRIED_FROM if has_trials else ()
         super().learn(env, seed=seed, on_update=on_update)
 
     def begin(self, *, dimensions: int, batch: int, seed: int) -> None:
@@ -136,12 +120,12 @@ class Reinforce(BatchAgent):
         self._start_slope = self._line[1]
         self._measured_at = None
         self._lines = []
-        self._trial = self._sampled = None
+        self._trial = None
         self._coarse = np.zeros(dimensions, bool) if self.coarse is None else self.coarse
         self._was_tried = np.zeros(dimensions, bool)
-        self.slope_episodes = 0
+        self.slope_episodes = int(self._follows)
         self._shifts: list[np.ndarray] = []
-        self._rise = np.zeros(())  # what the projection adds to the mean, kept apart where slopes tell of units
+        self._rise = np.zeros(())  # what the projection adds to the mean, kept apart from where units are tried on
         self._rises: list[np.ndarray] = []
         self._slopes: list[np.ndarray] = []
         self._batch = batch
@@ -150,29 +134,20 @@ class Reinforce(BatchAgent):
         self._root = self.config.spread * square_root(depth_covariance(dimensions, smooth=self.config.smooth))
 
     def ask(self, observations: np.ndarray) -> np.ndarray:
-        """The mean alone while slopes are followed, then mirrored pairs around it; float32, clipped to [-1, 1].
+        """The mean alone where slopes are followed, with or without each unit that is tried; else mirrored pairs.
 
-        Where slopes tell of units, the mean with or without each of those that are tried.
+        float32, clipped to [-1, 1].
         """
-        if self.slope_episodes and self.progress >= self._slope_share:
-            self._end_of_slopes()
-        elif self._slopes and self._choose_at and self.progress >= self._choose_at[0]:
+        if self._slopes and self._choose_at and self.progress >= self._choose_at[0]:
             self._choose_at = self._choose_at[1:]
             self._choose_units()
         mean = self._mean(float(observations[0][0]))
-        if self.progress < self._slope_share:
-            self.slope_episodes = 1
-            mean = mean if self._sampled is None else self._sampled.draw(mean + self._rise, self._rng)
-            actions = mean[None]
+        if self._follows:
+            actions = (mean if self._trial is None else self._trial.draw(mean + self._rise, self._rng))[None]
         else:
             pairs = (self._batch + 1) // 2
-            self._noise = (
-                self._rng.standard_normal((pairs, len(mean))) @ self._root
-                if self._trial is None
-                else self._trial.noise(pairs, self._rng)
-            )
-            noise = np.concatenate([self._noise, -self._noise])[: self._batch]
-            actions = mean + noise if self._trial is None else self._trial.on_levels(noise)
+            self._noise = self._rng.standard_normal((pairs, len(mean))) @ self._root
+            actions = mean + np.concatenate([self._noise, -self._noise])[: self._batch]
         return np.asarray(np.clip(actions, -1.0, 1.0), dtype=np.float32)
 
     def take_slopes(self, slopes: np.ndarray) -> None:
@@ -185,36 +160,32 @@ class Reinforce(BatchAgent):
     ) -> dict[str, float]:
         """One step of the mean: down the slope, or along the natural gradient."""
         sparsity = float(observations[-1][0])
-        if self.slope_episodes:
+        if self._follows:
             step = -self._descent.step(self._slope)
             if kept is not None and self.units is not None:
                 self._shifts.append(projection_shift(actions[0], kept[0], self.units))
-                if self._sampled is not None:
-                    self._sampled.add(self._slope, kept[0])
+                if self._trial is not None:
+                    self._trial.add(self._slope, kept[0])
                     self._rise = self._rise + 2 * self._shifts[-1]
                     self._rises.append(self._rise)
         else:
             step = self._natural_gradient(rewards, kept)
         self._measured_at = sparsity
-        if self._trial is None:
-            self._move(step, sparsity)
-        mean = self._mean(sparsity) if self._trial is None else self._trial.on_levels()
-        return {"policy/mean": float(mean.mean()), "policy/step": float(np.linalg.norm(step))}
+        self._move(step, sparsity)
+        return {"policy/mean": float(self._mean(sparsity).mean()), "policy/step": float(np.linalg.norm(step))}
 
     def recommend(self, observation: np.ndarray) -> list[np.ndarray]:
         """The policy's mean, averaged over the last updates.
 
         Where units were tried: without all that the evidence is against, without those that it is clearer against, and
-        with all of them (by slopes: as it was when the first were tried).
+        as it was before any was tried.
         """
         if self._line is None:
             return []
         lines = [self._settled()]
-        if self._sampled is not None:
-            clearer = self._sampled.settled(self._risen(), errors=1.0)
-            lines += [np.outer(AT_ALL, each) for each in (clearer, self._whole)]
         if self._trial is not None:
-            lines += [np.outer(AT_ALL, self._trial.on_levels(errors=1.0)), self._line]
+            clearer = self._trial.settled(self._risen(), errors=1.0)
+            lines += [np.outer(AT_ALL, each) for each in (clearer, self._whole)]
         means = (line_at(line, float(observation[0])) for line in lines)
         return [np.clip(mean, -1.0, 1.0).astype(np.float32) for mean in means]
 
@@ -234,32 +205,18 @@ class Reinforce(BatchAgent):
         """Start from the mean of a policy that ``state`` returned."""
         self._line = np.array(state["weights"], dtype=np.float64)
 
-    def _end_of_slopes(self) -> None:
-        """Go on from where the slopes led, on average, and try what they could not move."""
-        assert self.coarse is not None, "else all tokens follow slopes"
-        can_go = self.coarse & (self._slope != 0)  # 0 where the budget holds the last unit by now
-        worth = np.where(can_go, np.mean(self._slopes, axis=0), 0.0)
-        if not (worth > 0).any():
-            self._slope_share = 1.0
-            return
-        self.slope_episodes = 0
-        assert self.units is not None, "the environment says which are coarse by it"
-        self._rise = 2 * tail_mean(self._shifts, self.config.average)
-        trial = UnitTrial(worth, self._risen(), self.units)
-        self._line, self._trial = self._settled(), trial
-
     def _choose_units(self) -> None:
         """Go on from where the slopes led, on average, and try units of coarse sublayers that were not tried yet."""
         assert self.units is not None, "the environment says which are coarse by it"
-        if self._sampled is None:
+        if self._trial is None:
             self._rise = 2 * tail_mean(self._shifts, self.config.average)
             self._whole = self._risen()
             self._levels = np.rint((self._whole + 1) / 2 * self.units)
         else:
-            self._levels = self._levels - self._sampled.gone()
+            self._levels = self._levels - self._trial.gone()
         may_go = self._coarse & ~self._was_tried & (self._slope != 0)  # 0 where the budget holds the last unit by now
-        self._sampled = SampledUnits(self._coarse, self._levels, self.units, may_go, np.array(self._slopes))
-        self._was_tried |= self._sampled.tried
+        self._trial = SampledUnits(self._coarse, self._levels, self.units, may_go, np.array(self._slopes))
+        self._was_tried |= self._trial.tried
         self._line, self._lines, self._rises = np.outer(AT_ALL, self._averaged()), [], []
 
     def _natural_gradient(self, rewards: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
@@ -268,8 +225,6 @@ class Reinforce(BatchAgent):
         pairs = len(advantages)
         noise = self._noise[:pairs]
         moved = np.ones(noise.shape) if kept is None else kept[:pairs] != kept[-pairs:]
-        if self._trial is not None:
-            return self._trial.step(advantages, noise, moved)
         return np.asarray(self.config.learning_rate * (advantages[:, None] * moved * noise).mean(axis=0))
 
     def _move(self, step: np.ndarray, sparsity: float) -> None:
@@ -286,9 +241,7 @@ class Reinforce(BatchAgent):
         """The line, averaged over the last updates; where units are tried, what the evidence says at every sparsity."""
         assert self._line is not None, "begin comes first"
         if self._trial is not None:
-            return np.outer(AT_ALL, self._trial.on_levels())
-        if self._sampled is not None:
-            return np.outer(AT_ALL, self._sampled.settled(self._risen()))
+            return np.outer(AT_ALL, self._trial.settled(self._risen()))
         return tail_mean(self._lines, self.config.average) if self._lines else self._line
 
     def _averaged(self) -> np.ndarray:

@@ -22,7 +22,7 @@ from ffgym.pipeline.artifacts import allocation_json, tracked_result, write_fron
 from ffgym.pipeline.compare import asked_rules, compared_rows, heuristic_allocations, target_model_folder, with_result
 from ffgym.pipeline.folder import read_record
 from ffgym.pipeline.front import finish_front
-from ffgym.pipeline.plan import plan_run, planned_steps, slope_share
+from ffgym.pipeline.plan import follows_slopes, plan_run, planned_steps
 from ffgym.pipeline.result import RunResult, finished_run
 from ffgym.pipeline.search import Searched, search
 from ffgym.pipeline.session import Session
@@ -77,7 +77,7 @@ def run_stages(config: RunConfig, progress: Console | None, resumed: Path | None
             agent.update_size(config.search.episodes_per_update),
             config.workers.count,
             reporter.print,
-            config.episode_windows if slope_share(config, agent, plan.shape) else None,
+            config.episode_windows if follows_slopes(config, agent, plan.shape) else None,
         )
         task = prepare(config, session, plan, cluster)
         # Before the search, so that an unfit corpus is refused early.

@@ -19,7 +19,7 @@ from ffgym.plugins.bases import Agent
 from ffgym.prepare.parts import LOADING, PREPARING, make_reward, settings_of
 from ffgym.prepare.planning import placed, plan_of
 from ffgym.prepare.store import made_under
-from ffgym.pruning.budget import FEWEST, Budget
+from ffgym.pruning.budget import Budget
 from ffgym.report.progress import Step
 from ffgym.search.finals import expected_tokens
 
@@ -64,33 +64,31 @@ def plan_run(config: RunConfig, agent: Agent) -> Plan:
         saves=models * config.output.save_model + main * recovers,
         train_tokens=config.recover.tokens if recovers else 0,
         workers=config.workers.count,
-        parts=_parts(config, agent, slope_share(config, agent, plan.shape), compared=compared),
+        parts=_parts(config, agent, follows_slopes=follows_slopes(config, agent, plan.shape), compared=compared),
         elsewhere=config.workers.ray_address is not None,
     )
     output = plan.output if config.output.dir is None else Path(config.output.dir)
     return placed(config, replace(plan, load=load, output=output))
 
 
-def slope_share(config: RunConfig, agent: Agent, shape: ModelShape) -> float:
-    """Share of a search's tokens that an agent spends on slopes; half where rewards tell of coarse sublayers."""
+def follows_slopes(config: RunConfig, agent: Agent, shape: ModelShape) -> bool:
+    """Whether a search's updates are episodes with slopes."""
     if agent.slope_episodes or not agent.asks_slopes:
-        return float(agent.asks_slopes)
-    if make_reward(config).falls_with is None or config.prune.uniform or shape.has_experts:
-        return 0.0
-    is_coarse = any(sublayer.units < FEWEST for sublayer in shape.sublayers)
-    by_rewards = config.agent.options.get("units", "rewards") == "rewards"
-    return 0.5 if is_coarse and by_rewards and not config.prune.is_range else 1.0
+        return agent.asks_slopes
+    return make_reward(config).falls_with is not None and not config.prune.uniform and not shape.has_experts
 
 
-def _parts(config: RunConfig, agent: Agent, sloped: float, *, compared: bool) -> tuple[tuple[float, int], ...]:
-    """Of the agent's updates with slopes, its other ones, and those of the search that it is compared with.
+def _parts(
+    config: RunConfig, agent: Agent, *, follows_slopes: bool, compared: bool
+) -> tuple[tuple[float, int], tuple[float, int]]:
+    """Of the agent's updates, and of those of the search that it is compared with.
 
     An episode with slopes is divided into its windows, any other one is a part.
     """
     episodes, windows, always = config.search.episodes_per_update, config.episode_windows, agent.slope_episodes
     size, own = agent.update_size(episodes), 1 / (1 + compared)
     with_slopes = size - always + always * windows if always else windows
-    return (own * sloped, with_slopes), (own * (1 - sloped), size), (1 - own, episodes)
+    return (own, with_slopes if follows_slopes else size), (1 - own, episodes)
 
 
 def _report_rows(config: RunConfig, *, compared: bool) -> tuple[int, int]:
@@ -111,7 +109,7 @@ def planned_steps(config: RunConfig, plan: Plan) -> list[Step]:
 
     search = next(stage for stage in plan.stages if stage.name == "search")
     finals = seconds.get("finals", 0.0) / load.searches
-    own, random = (plan.seconds(replace(search, parts=parts)) for parts in (search.parts[:2], search.parts[2:]))
+    own, random = (plan.seconds(replace(search, parts=parts)) for parts in (search.parts[:1], search.parts[1:]))
     steps = [Step(LOADING, seconds["load"], computes=False), Step(PREPARING, seconds["prepare"])]
     steps.append(Step(f"search: {config.agent.name}", own + finals))
     if load.searches > 1:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ffgym.agents.coarse import UnitTrial
+from ffgym.agents.coarse import SampledUnits
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce, pair_advantages
-from ffgym.agents.sampled import SampledUnits
-from ffgym.pruning.budget import Budget
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv, RuggedEnv, SeparableEnv
-from ffgym.types import Sublayer
 
 OBSERVATION = np.array([0.2, 1.0], dtype=np.float32)
 
@@ -26,11 +23,6 @@ class TestReinforce(AgentConformance):
 class TestReinforceWithoutSlopes(AgentConformance):
     def make(self):
         return Reinforce(Reinforce.Config(average=0.0))
-
-
-class TestReinforceThatTriesUnitsBySlopes(AgentConformance):
-    def make(self):
-        return Reinforce(Reinforce.Config(units="slopes"))
 
 
 class TestRandomSearch(AgentConformance):
@@ -49,7 +41,7 @@ def regret(problem, options, seed=0):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("problem", "distance"), [(QuadraticEnv, 0.035), (RuggedEnv, 0.13)])
 def test_comes_close_to_a_known_optimum(problem, distance, seed):
-    assert regret(problem, {"slope_share": 0.0}, seed) < distance
+    assert regret(problem, {"slopes": False}, seed) < distance
 
 
 # Here, 0 costs 0.165. The policy leaves alone what moves all importances alike, as a projection would undo it: that
@@ -57,13 +49,13 @@ def test_comes_close_to_a_known_optimum(problem, distance, seed):
 @pytest.mark.parametrize("seed", range(3))
 def test_finds_all_of_the_optimum_that_it_explores(seed):
     optimum = SeparableEnv(8, 6, 8).optimum
-    assert regret(SeparableEnv, {"slope_share": 0.0}, seed) - optimum.mean() ** 2 < 0.002
+    assert regret(SeparableEnv, {"slopes": False}, seed) - optimum.mean() ** 2 < 0.002
 
 
 @pytest.mark.parametrize("options", [{"smooth": 0.0}, {"average": 0.0}], ids=str)
 def test_every_technique_comes_close_too(options):
     for problem, distance in ((SeparableEnv, 0.04), (QuadraticEnv, 0.04), (RuggedEnv, 0.14)):
-        assert regret(problem, {"slope_share": 0.0, **options}) < distance
+        assert regret(problem, {"slopes": False, **options}) < distance
 
 
 # the step
@@ -155,11 +147,11 @@ def test_follows_slopes_to_the_end_where_nothing_is_coarse():
 class CoarseEnv(SeparableEnv):
     """Every other sublayer is an attention of 3 units, all kept at first, whose last unit is worth ``WORTH`` of reward.
 
-    The slope of such a sublayer says ``GUESSES``, which is right about some of them.
+    That is the mean of two slopes: while a unit is there it promises too much of going, then too little. So while all
+    are there, all but 2 seem to be worth nothing.
     """
 
-    WORTH = np.array([0.03, -0.04, 0.02, -0.05, 0.04, -0.03])
-    GUESSES = np.array([0.02, -0.02, -0.01, -0.03, 0.01, 0.03])
+    WORTH = np.array([0.03, -0.04, 0.06, -0.05, 0.04, -0.03])
 
     def __init__(self, num_envs, dimensions, tokens, **settings):
         super().__init__(num_envs, dimensions, tokens, **settings)
@@ -172,7 +164,8 @@ class CoarseEnv(SeparableEnv):
 
     def _slopes(self, offsets):
         slopes = super()._slopes(offsets)
-        slopes[:, self.coarse] = -self.GUESSES
+        is_there = self.kept(offsets + self.optimum)[:, self.coarse] == 3
+        slopes[:, self.coarse] = np.where(is_there, 0.045, -0.045) - self.WORTH
         return slopes
 
 
@@ -185,54 +178,17 @@ def coarse_search(env, **options):
     return sizes, np.concatenate(asked), agent
 
 
-def test_coarse_units_that_promise_most_are_tried_after_the_slopes():
-    """Of the three whose unit seems to be worth nothing, the two that promise most are tried, 1 and 3, both rightly."""
-    env = CoarseEnv(8, 12, 160, noise=0.01)
-    sizes, asked, agent = coarse_search(env)
-    assert sizes == [1] * 80 + [8] * 10
-    kept = env.kept(asked)[:, env.coarse]
-    assert (kept[:80] == 3).all(), "slopes move only what has one"
-    assert np.ptp(kept[80:], axis=0).tolist() == [0, 1, 0, 1, 0, 0]
-    assert env.kept(agent.recommend(OBSERVATION)[0])[env.coarse].tolist() == [3, 2, 3, 2, 3, 3]
-    assert len(agent.recommend(OBSERVATION)) == 3
-    assert (env.kept(agent.recommend(OBSERVATION)[2])[env.coarse] == 3).all(), "the finals may undo it"
-
-
-def test_keeps_a_unit_that_only_seemed_to_be_worth_nothing():
-    env = CoarseEnv(8, 12, 160, noise=0.01)
-    env.GUESSES = -env.WORTH
-    _, asked, agent = coarse_search(env)
-    assert np.ptp(env.kept(asked)[:, env.coarse], axis=0).tolist() == [1, 0, 0, 0, 1, 0]
-    assert (env.kept(agent.recommend(OBSERVATION)[0])[env.coarse] == 3).all()
-
-
-def test_follows_slopes_to_the_end_where_every_unit_seems_to_be_worth_keeping():
+def test_units_that_seem_to_be_worth_keeping_are_not_tried():
     env = CoarseEnv(8, 12, 64)
-    env.GUESSES = np.full(6, 0.01)
-    sizes, _, agent = coarse_search(env)
-    assert sizes == [1] * 64
-    assert len(agent.recommend(OBSERVATION)) == 1
-
-
-class SidedEnv(CoarseEnv):
-    """What a unit is worth is the mean of two slopes: while it is there it promises too much of going, then too little.
-
-    So while all are there, all but 2 seem to be worth nothing.
-    """
-
-    WORTH = np.array([0.03, -0.04, 0.06, -0.05, 0.04, -0.03])
-
-    def _slopes(self, offsets):
-        slopes = super()._slopes(offsets)
-        is_there = self.kept(offsets + self.optimum)[:, self.coarse] == 3
-        slopes[:, self.coarse] = np.where(is_there, 0.045, -0.045) - self.WORTH
-        return slopes
+    env.WORTH = np.full(6, 0.05)
+    _, asked, agent = coarse_search(env)
+    assert (env.kept(np.concatenate([asked, agent.recommend(OBSERVATION)]))[:, env.coarse] == 3).all()
 
 
 def test_slopes_with_and_without_a_unit_tell_whether_it_can_go():
     """Two are tried at a time, those that promise most: 1 and 3, then 5 and 0, of which 0 stays."""
-    env = SidedEnv(8, 12, 160, noise=0.01)
-    sizes, asked, agent = coarse_search(env, units="slopes")
+    env = CoarseEnv(8, 12, 160, noise=0.01)
+    sizes, asked, agent = coarse_search(env)
     assert sizes == [1] * 160
     kept = env.kept(asked)[:, env.coarse]
     assert (kept[:32] == 3).all()
@@ -241,37 +197,6 @@ def test_slopes_with_and_without_a_unit_tell_whether_it_can_go():
     assert (kept[-20:] == [3, 2, 3, 2, 3, 2]).all(), "what is clear is no longer in doubt"
     recommended = [env.kept(each)[env.coarse].tolist() for each in agent.recommend(OBSERVATION)]
     assert recommended == [[3, 2, 3, 2, 3, 2], [3, 2, 3, 2, 3, 2], [3] * 6], "the finals may undo it"
-
-
-class ProjectedEnv(SidedEnv):
-    """Actions are projected on a budget, and slopes are noise: nothing is known of units, so that coins always fall."""
-
-    def __init__(self, num_envs, dimensions, tokens, **settings):
-        super().__init__(num_envs, dimensions, tokens, **settings)
-        layers = range(dimensions // 2)
-        pairs = ((Sublayer(i, "attention", 3, 64, 200), Sublayer(i, "mlp", 1000, 1, 1)) for i in layers)
-        self.budget = Budget([sublayer for pair in pairs for sublayer in pair])
-
-    def kept(self, actions):
-        return np.array([self.budget.project(action, 0.3).kept for action in actions])
-
-    def _slopes(self, offsets):
-        noise = self.np_random.choice([-1.0, 1.0], offsets.shape) * self.np_random.uniform(0.5, 1.5, offsets.shape)
-        return np.where(self.coarse, noise, 0.0)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_whole_sublayer_stays_whole_while_units_of_others_go_and_come(seed):
-    """The projection gives the other sublayers more, then less: what is whole takes no part in either."""
-    env = ProjectedEnv(8, 12, 160)
-    prior = env.kept(np.where(env.coarse, 1.0, [[1.0, 1.0] + 5 * [0.0, -0.2]]))[0]
-    assert prior[1] == 1000
-    agent = Reinforce(Reinforce.Config(units="slopes"))
-    agent.prior_mean = 2 * prior / env.units - 1
-    agent.learn(env, seed=seed, on_update=lambda update: None)
-    kept = env.kept(np.stack(agent.recommend(OBSERVATION)))
-    assert kept[0, 1] == 1000
-    assert kept[2].tolist() == prior.tolist(), "the finals may undo it"
 
 
 def test_slopes_of_one_side_alone_say_nothing_of_a_unit():
@@ -295,35 +220,6 @@ def test_the_clearness_of_a_unit_is_in_standard_errors():
     assert trial.gone(errors=1.5).tolist() == [False]
 
 
-def test_a_unit_whose_worth_is_clear_is_no_longer_tried():
-    """Both episodes of a pair keep it, so that it is no noise in what is said of the others."""
-    trial = UnitTrial(np.array([0.2, 0.2, 0.1, 0.1, 0.1, 0.1]), np.ones(6), np.full(6, 3))
-    coins = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]] * 3)
-    noise = trial.steps * np.pad(coins, ((0, 0), (0, 4)))
-    trial.step(2 * coins[:, 0], noise, np.ones(noise.shape))
-    levels = np.rint((trial.on_levels(np.outer([1, -1], trial.steps)) + 1) / 2 * 3)
-    assert levels[:, 0].tolist() == [3, 3]
-    assert levels[:, 1].tolist() == [3, 2]
-
-
-def test_evidence_counts_in_full_where_the_mean_is_at_its_end():
-    """An attention of one unit, which may go: a mean of -1 can go no further, its evidence can."""
-    trial = UnitTrial(np.full(3, 0.2), np.ones(3), np.ones(3))
-    noise = trial.steps * np.array([[1.0], [-1.0]] * 10)
-    trial.step(-2 * np.sign(noise[:, 0]), noise, np.ones(noise.shape))
-    levels = trial.on_levels(np.outer([1, -1], trial.steps))
-    assert (levels[:, trial.steps > 0] == -1).all(), "clear, so it is no longer tried"
-
-
-def test_recommends_what_the_evidence_is_against_and_what_it_is_clearer_against():
-    trial = UnitTrial(np.full(6, 0.1), np.ones(6), np.full(6, 3))
-    trial.steps[3:] = 0
-    errors = np.array([-2, -0.5, 0.5, 0, 0, 0])  # of the evidence, in standard errors
-    trial.step(np.ones(1), np.ones((1, 6)), errors[None])
-    kept = [np.rint((trial.on_levels(errors=errors) + 1) / 2 * 3)[:3].tolist() for errors in (0.0, 1.0)]
-    assert kept == [[2, 2, 3], [2, 3, 3]]
-
-
 def test_over_a_range_of_budgets_all_tokens_follow_slopes():
     env, agent, sizes = BudgetRangeEnv(8, 6, 32), Reinforce(), []
     agent.budgets = env.budgets
@@ -336,7 +232,7 @@ def test_explores_everything_where_slopes_are_missing_or_lead_elsewhere(missing)
     env = SeparableEnv(8, 6, 64)
     setattr(env, missing, False)
     sizes = []
-    agent = Reinforce(Reinforce.Config(slope_share=0.5))
+    agent = Reinforce()
     agent.learn(env, seed=0, on_update=lambda update: sizes.append(len(update.rewards)))
     assert sizes == [8] * 8
 
@@ -357,10 +253,10 @@ def test_an_option_that_does_nothing_where_slopes_are_followed_says_so(option, v
 
     def follows_slopes():
         env = CoarseEnv(8, 12, 64)
-        env.GUESSES = np.full(6, 0.01)
+        env.WORTH = np.full(6, 0.05)
         return env
 
-    assert is_used(tries_units, slope_share=0.0)
+    assert is_used(tries_units, slopes=False)
     said = "used only where all tokens explore" in Reinforce.Config.model_fields[option].description
     assert [is_used(tries_units), is_used(follows_slopes)] == [not said] * 2
 

@@ -631,7 +631,7 @@ def test_a_cell_whose_agent_has_a_new_edition_starts_anew(
     tmp_path: Path, steps: list[int], install: Callable[..., None]
 ) -> None:
     install("acme-edited", EDITED)
-    agent = {"name": "edited", "slope_share": 0.0}
+    agent = {"name": "edited", "slopes": False}
     file = bench_file(tmp_path, agents=["edited"], seeds=[1], tables={"agent": agent})
     steps[0] = 5
     with pytest.raises(KeyboardInterrupt):

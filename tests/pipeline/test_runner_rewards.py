@@ -78,7 +78,7 @@ def test_what_heuristics_earn_is_not_guessed_where_accuracy_counts(traded: Finis
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_divergence_is_searched_on(tmp_path: Path, direction: str) -> None:
-    agent = {"name": "reinforce", "slope_share": 0.5}
+    agent = {"name": "reinforce", "slopes": True}
     done = finish(glass_config(tmp_path, agent=agent, reward={"name": "kl", "direction": direction}))
     history = done.result.found.history
     assert all(0 < episode.reward < 1 for episode in history)
