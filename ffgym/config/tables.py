@@ -237,7 +237,7 @@ class SearchTable(Strict):
     """The length of the search, and what to compare it with."""
 
     episodes: Positive = Field(
-        default=96,
+        default=48,
         description="length of the search in episodes at full fidelity: it ends with the update that reaches "
         "episodes x episode_tokens tokens; an episode that follows a slope costs four times its tokens",
     )

@@ -117,7 +117,7 @@ def compare_runs(runs: Sequence[StoredRun]) -> Comparison:
 
 
 def _changes(first: RunConfig, config: RunConfig) -> str:
-    """``"search.episodes = 48 (not 96)"``; of a plugin that is another one, without its options."""
+    """``"search.episodes = 24 (not 48)"``; of a plugin that is another one, without its options."""
     found = {key: f"{key} = {written(here)} (not {written(there)})" for key, there, here in differences(first, config)}
     if not (first.searches and config.searches):  # a rule is measured once, whatever the other run was told
         found = {key: text for key, text in found.items() if key not in {f"search.{name}" for name in ONCE}}

@@ -184,7 +184,7 @@ def test_help_keeps_the_names_of_tables() -> None:
 
 def test_help_shows_defaults_and_choices() -> None:
     text = call("run", "--help").stdout
-    for part in ("reinforce", "wanda", "mlp-first", "0.2", "ffgym ls rewards", "96", "TABLE.KEY=VALUE"):
+    for part in ("reinforce", "wanda", "mlp-first", "0.2", "ffgym ls rewards", "48", "TABLE.KEY=VALUE"):
         assert part in text
 
 

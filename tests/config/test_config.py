@@ -120,7 +120,7 @@ def test_settings_stored_before_a_key_existed_count_as_its_default() -> None:
     stored = settings(RunConfig())
     del stored["schedule"], stored["search"]["episodes"], stored["criterion"]
     assert changed_settings(stored, RunConfig()) == []
-    assert changed_settings(stored, load_config(search={"episodes": 104})) == ["search.episodes was 96 and is 104 now"]
+    assert changed_settings(stored, load_config(search={"episodes": 104})) == ["search.episodes was 48 and is 104 now"]
 
 
 def test_settings_that_this_version_cannot_read_say_so() -> None:

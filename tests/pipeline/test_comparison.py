@@ -86,11 +86,11 @@ def test_json_has_the_differences(runs: dict[str, Path], tmp_path: Path) -> None
 def test_what_the_runs_were_told_differently_is_said(runs: dict[str, Path], tmp_path: Path) -> None:
     other = write_run(tmp_path, "other")
     (other / "config.toml").write_text(
-        "[agent]\nname = 'random'\nspread = 0.1\n[search]\nepisodes = 48\n[recover]\nmethod = 'lora'\nrank = 8\n"
+        "[agent]\nname = 'random'\nspread = 0.1\n[search]\nepisodes = 24\n[recover]\nmethod = 'lora'\nrank = 8\n"
     )
     done = call(runs["one"], runs["better"], other, "--output", tmp_path / "out")
     said = (
-        'other differs from one: agent.name = "random" (not "reinforce"), search.episodes = 48 (not 96), '
+        'other differs from one: agent.name = "random" (not "reinforce"), search.episodes = 24 (not 48), '
         'recover.method = "lora" (not "none").'
     )
     assert said in " ".join(done.stdout.split())
@@ -137,7 +137,7 @@ def test_two_runs_of_one_name_are_told_apart(runs: dict[str, Path], tmp_path: Pa
     assert "others/one" in done.stdout
     assert "runs/one" in done.stdout
     third = write_run(tmp_path / "more" / "runs", "one")
-    (third / "config.toml").write_text("[search]\nepisodes = 48\n")
+    (third / "config.toml").write_text("[search]\nepisodes = 24\n")
     said = " ".join(call(runs["one"], third, "--output", tmp_path / "out").stdout.split())
     assert f"more/runs/one differs from {tmp_path.name}/runs/one" in said
 
