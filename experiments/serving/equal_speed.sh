@@ -13,7 +13,7 @@ latency=(--resource latency --latency-table $here/llama-cpp.json --set prune.con
 
 test -e $here/llama-cpp.json ||
     ffgym latency demo --engine llama-cpp --context 320 --output-tokens 64 --batch-size 4 --output $here/llama-cpp.json
-ffgym run "${latency[@]}" --output runs/served-searched
+ffgym run "${latency[@]}" --episodes 96 --output runs/served-searched
 # The finals measure every shape that fits, however short the search.
 ffgym run "${latency[@]}" --uniform --set search.episodes=8 --output runs/served-uniform
 python $here/depth.py $here/llama-cpp.json "$share" runs/served-depth
