@@ -1,4 +1,4 @@
-# make run    the demo: search, prune, calibrate, report, save (about 9 minutes on 2 cores with bfloat16 matrix units, 19 without)
+# make run    the demo: search, prune, calibrate, report, save (14 minutes on 2 cores without bfloat16 matrix units)
 # make test   the tests, the demo model's included; the GGUF tests where llama.cpp is installed
 # make test-browser  the pages in Chromium (Debian: apt-get install chromium)
 # make test-all   compiles llama.cpp (some minutes, once), then every test
