@@ -9,8 +9,10 @@ from ffgym.agents.coarse import SampledUnits
 from ffgym.agents.exploration import depth_covariance, square_root
 from ffgym.agents.random_search import RandomSearch
 from ffgym.agents.reinforce import Reinforce, pair_advantages
+from ffgym.pruning.budget import Budget
 from ffgym.testing.conformance import AgentConformance
 from ffgym.testing.toys import BudgetRangeEnv, QuadraticEnv, RuggedEnv, SeparableEnv
+from ffgym.types import Sublayer
 
 OBSERVATION = np.array([0.2, 1.0], dtype=np.float32)
 
@@ -218,6 +220,37 @@ def test_the_clearness_of_a_unit_is_in_standard_errors():
     np.testing.assert_allclose(trial.clearness, (2 - 0.5) / np.hypot(1, 0.25))
     assert trial.gone().tolist() == [True]
     assert trial.gone(errors=1.5).tolist() == [False]
+
+
+class ProjectedEnv(CoarseEnv):
+    """Actions are projected on a budget, and slopes are noise: nothing is known of units, so that coins always fall."""
+
+    def __init__(self, num_envs, dimensions, tokens, **settings):
+        super().__init__(num_envs, dimensions, tokens, **settings)
+        layers = range(dimensions // 2)
+        pairs = ((Sublayer(i, "attention", 3, 64, 200), Sublayer(i, "mlp", 1000, 1, 1)) for i in layers)
+        self.budget = Budget([sublayer for pair in pairs for sublayer in pair])
+
+    def kept(self, actions):
+        return np.array([self.budget.project(action, 0.3).kept for action in actions])
+
+    def _slopes(self, offsets):
+        noise = self.np_random.choice([-1.0, 1.0], offsets.shape) * self.np_random.uniform(0.5, 1.5, offsets.shape)
+        return np.where(self.coarse, noise, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_whole_sublayer_stays_whole_while_units_of_others_go_and_come(seed):
+    """The projection gives the other sublayers more, then less: what is whole takes no part in either."""
+    env = ProjectedEnv(8, 12, 160)
+    prior = env.kept(np.where(env.coarse, 1.0, [[1.0, 1.0] + 5 * [0.0, -0.2]]))[0]
+    assert prior[1] == 1000
+    agent = Reinforce()
+    agent.prior_mean = 2 * prior / env.units - 1
+    agent.learn(env, seed=seed, on_update=lambda update: None)
+    kept = env.kept(np.stack(agent.recommend(OBSERVATION)))
+    assert kept[0, 1] == 1000
+    assert kept[2].tolist() == prior.tolist(), "the finals may undo it"
 
 
 def test_over_a_range_of_budgets_all_tokens_follow_slopes():
