@@ -16,9 +16,6 @@ PLUGINS := $(wildcard plugins/ffgym-*)
 # Modules share what they prepare, so each stays in one process. On models this small, threads only wait for each other.
 # Three processes on two cores: a third of the time, tests wait for servers and for other processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
-# pip would compile 24,000 files of Python on one core. Some are templates or broken on purpose: hence `|| true`.
-PIP := --quiet --no-compile
-COMPILE := $(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 # llama-cpp-python is compiled on the spot. Without what only its other users need, that takes about half as long.
 LLAMA_CPP := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_INCLUDE=$(CURDIR)/.ci/llama-cpp.cmake
 
@@ -66,13 +63,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP) --editable .
-	$(COMPILE)
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(PLUGINS:%=%/pyproject.toml) | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP) --editable '.[dev]' $(PLUGINS:%=--editable ./%)
-	$(COMPILE)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' $(PLUGINS:%=--editable ./%)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-llama-cpp: $(VENV)/.installed-dev
