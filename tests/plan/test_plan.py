@@ -155,6 +155,8 @@ def test_what_costs_more_is_planned_to_cost_more(eight_billion: ModelShape) -> N
     [
         (8, (), [(1, 2)]),  # an update is one episode of two windows
         (8, ("--set", "search.episode_tokens=8192"), [(1, 8)]),
+        (4, (), [(1, 2)]),  # units of the attentions are tried meanwhile
+        (4, ("--sparsity", "0.1:0.5"), [(1, 2)]),
         (8, ("--set", "agent.slopes=false"), [(1, 16)]),
         (8, ("--uniform",), [(1, 16)]),  # where nothing has slopes
         (8, ("--reward", "multi-objective", "--set", "reward.accuracy=0"), [(1, 16)]),
