@@ -19,6 +19,9 @@ CPU_FACTS = Path("/proc/cpuinfo")
 # number of channels, every cut brings new shapes; where their widths are aligned, all shapes of a search find room.
 KEPT_KERNELS = 256
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_KERNELS))
+# On a GPU, transformers 5.25 and later would fetch kernels from the hub: no training works offline then, and what is
+# found would depend on what the hub has. Who wants them sets this to YES.
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 
 def devices_of(model: nn.Module) -> set[torch.device]:
