@@ -1,7 +1,7 @@
 """Work through a queue with workers that may be slow, hang or die.
 
-A pool decides who does what. A crew starts workers and talks to them (`ffgym.execute.ray` has one that runs on Ray), so
-a pool can be studied without a cluster. Jobs have no side effects: a job that was lost is done again.
+A pool decides who does what. A crew starts workers and talks to them (`ffgym.execute.ray_crew` has that of Ray), so a
+pool can be studied without a cluster. Jobs have no side effects: a job that was lost is done again.
 """
 
 from __future__ import annotations

@@ -1,53 +1,35 @@
-"""Workers on Ray, on this machine or a cluster: the only module that knows Ray.
-
-Each worker is an actor, a process of its own that loads the model and opens its store: Ray only carries unit counts to
-it and numbers back. Ray neither restarts actors nor repeats calls; the pool does both.
-"""
+"""The connection to Ray, on this machine or to a cluster, and the workers that may be started there."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
-import io
 import os
-import pickle
-import re
 import signal
 import socket
 import threading
-import time
-import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 import psutil
-import torch
-from rich.console import Console
 
-from ffgym.errors import FFGymError, WorkerError, first_line
-from ffgym.evaluation.evaluator import Evaluator, Request
-from ffgym.execute.pool import ATTEMPTS, KEPT, Answered, Failed, Lost, News, Pool, Ready
-from ffgym.execute.shares import Shares, Speeds, cost, joined, parts
+from ffgym.errors import WorkerError, first_line
+from ffgym.evaluation.evaluator import Evaluator
+from ffgym.execute.executor import PoolExecutor, measuring
+from ffgym.execute.pool import ATTEMPTS, Pool
+from ffgym.execute.ray_crew import RayCrew, end_process
+from ffgym.execute.ray_worker import Make
 from ffgym.report.layout import counted
-from ffgym.report.progress import Reporter
-from ffgym.types import Evaluation, Notify, OnShare, do_nothing
+from ffgym.types import Notify, do_nothing
 
 PROBE_SECONDS = 30.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"  # of gRPC's protocol: the preface and empty settings
-WATCH_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # numbers are all that it holds
-END_SECONDS = 1.0  # that Ray has for ending a worker
-PLACE_SECONDS = 5.0  # that a worker's process may take to say that it is there
-CALLS = 3  # that a worker answers at a time: a job, a watch, an interrupt
-SENT = ("FFGYM_", "HF_", "MLFLOW_")  # variables of which a worker has this process's, and none of its machine's
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -59,11 +41,6 @@ HINTS = {  # for what a cluster answers
     "client server failed": "The head was too slow to start a server for this client: try again, or start the command "
     "on a machine of the cluster.",
 }
-
-Reply = tuple[str, Any, list[str]]
-"""Its kind, its content, and the lines that the worker has printed since the last one."""
-Make = Callable[[Reporter], Callable[[Any, OnShare], Any]]
-"""Loads what a worker needs; what it returns does a job and reports its progress."""
 
 
 @dataclass(frozen=True)
@@ -103,71 +80,14 @@ class Cluster:
         self.pools.append(pool := Pool(crew, self.workers.count, self.notify, grace))
         return pool
 
-    def executor(self, make: Callable[[], Evaluator], dense: Evaluator, dense_units: tuple[int, ...]) -> RayExecutor:
-        """An executor whose workers each make an evaluator; see `RayExecutor`."""
-        return RayExecutor(self.pool(partial(measuring, make)), dense, dense_units)
+    def executor(self, make: Callable[[], Evaluator], dense: Evaluator, dense_units: tuple[int, ...]) -> PoolExecutor:
+        """An executor whose workers each make an evaluator; see `PoolExecutor`."""
+        return PoolExecutor(self.pool(partial(measuring, make)), dense, dense_units)
 
     def close(self) -> None:
         """End all workers."""
         for pool in self.pools:
             pool.close()
-
-
-@dataclass
-class RayExecutor:
-    """An evaluator that shares requests out among workers; how many there are changes no bit of what comes back.
-
-    Meanwhile, this process measures the dense model and keeps its results by window. Shared out, every worker would end
-    up measuring every window.
-    """
-
-    pool: Pool  # workers that each measure a list of requests
-    dense: Evaluator  # measures the dense model here
-    dense_units: tuple[int, ...]  # of each sublayer
-    speeds: Speeds = field(default_factory=Speeds)
-
-    def measure(self, requests: Sequence[Request], on_progress: OnShare = do_nothing) -> list[Evaluation]:
-        """Measure every request, in the order asked for."""
-        dense = [request for request in requests if request.kept == self.dense_units]
-        shared = {request: parts(request) for request in requests if request.kept != self.dense_units}
-        others = list(dict.fromkeys(chain.from_iterable(shared.values())))
-        if not others:
-            return self.dense.measure(requests, on_progress)
-        with _in_background(lambda stop: self.dense.measure(dense, stop)) as measured:
-            shares = Shares(others, self.speeds)
-            self.pool.work(shares, len(others), lambda: self._tell(shares, on_progress))
-            shares.note_late(self.pool.share)
-            found = dict(zip(dense, measured(), strict=True))
-        found |= {request: joined([shares.answers[part] for part in own]) for request, own in shared.items()}
-        return [found[request] for request in requests]
-
-    def _tell(self, shares: Shares, on_progress: OnShare) -> None:
-        running = sum(share.cost * self.pool.share(worker) for worker, share in shares.taken.items())
-        done = min(1.0, (sum(map(cost, shares.answers)) + running) / shares.total)
-        if done or not shares.taken:  # 0 says that nobody measures yet
-            on_progress(done)
-
-
-@contextlib.contextmanager
-def _in_background(call: Callable[[OnShare], Any]) -> Iterator[Callable[[], Any]]:
-    """Make a call in a thread that ends with the block; the call reports progress, and is stopped by that."""
-    is_over = threading.Event()
-
-    def stop_if_over(share: float) -> None:
-        if is_over.is_set():
-            raise InterruptedError
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call, stop_if_over)
-        try:
-            yield future.result
-        finally:
-            is_over.set()
-
-
-def measuring(make_evaluator: Callable[[], Evaluator], reporter: Reporter) -> Callable[[Any, OnShare], Any]:
-    """What a worker that measures requests does; the first argument bound, it is a `Make`."""
-    return make_evaluator().measure
 
 
 @contextlib.contextmanager
@@ -277,7 +197,7 @@ def _clear(ray: Any, earlier: Sequence[psutil.Process]) -> None:
         with contextlib.suppress(psutil.Error):
             if any(package in word for word in process.cmdline()):  # another thread's children are not Ray's
                 process.terminate()
-                _end(process.pid)
+                end_process(process.pid)
 
 
 def _noted() -> str | None:
@@ -322,304 +242,3 @@ def _check_room(ray: Any, workers: Workers, *, is_own: bool) -> None:
         f"{workers.count} workers with {per_worker} each do not fit on machines with {there or 'none'}",
         hint=f"{fewer}, use {less}, or add machines.",
     )
-
-
-class RayCrew:
-    """Workers as Ray actors; see `Crew`. ``options`` are the resources of each, ``on_line`` gets what they print."""
-
-    def __init__(self, ray: Any, make: Make, options: dict[str, Any], threads: int, on_line: Notify) -> None:
-        self._ray = ray
-        self._make, self._options, self._threads, self._on_line = make, options, threads, on_line
-        # As arguments of a call: what Ray calls a runtime environment, it writes into its logs, and some are secrets.
-        self._settings = {key: value for key, value in os.environ.items() if key.startswith(SENT)}
-        # Asked now, while it is connected. Ray's client would name the head's node, which may be another machine.
-        self._is_client = ray.util.client.ray.is_connected()
-        self._node = None if self._is_client else ray.get_runtime_context().get_node_id()
-        actor = ray.remote(max_concurrency=CALLS)(_actor())
-        self._actor = actor.options(max_restarts=0, max_task_retries=0, **options)
-        self._actors: dict[int, Any] = {}
-        self._processes: dict[int, tuple[str, int]] = {}
-        self._calls: dict[Any, tuple[int, str]] = {}  # the answers awaited: from which worker, and about what
-        self._shares: dict[int, float] = {}
-        self._jobs: dict[int, int] = {}
-
-    def start(self, worker: int) -> None:
-        """Begin to start a worker, see `Crew`."""
-        make = self._ray.cloudpickle.dumps(self._make)
-        with self._reached():
-            self._actors[worker] = actor = self._actor.remote()
-            loaded = actor.load.remote(make, self._threads, self._settings, os.getcwd())
-            self._calls[loaded] = worker, "load"
-
-    def give(self, worker: int, job: Any) -> None:
-        """Hand a worker a job, see `Crew`."""
-        self._jobs[worker] = number = self._jobs.get(worker, 0) + 1
-        self._shares[worker] = 0.0
-        with self._reached():
-            self._calls[self._actors[worker].call.remote("work", number, job)] = worker, "work"
-            self._watch(worker)
-
-    def interrupt(self, worker: int) -> None:
-        """Have a worker give up its job, see `Crew`."""
-        if worker in self._jobs:
-            with contextlib.suppress(WorkerError), self._reached():  # where it is lost, nobody waits for its answer
-                self._actors[worker].call.remote("interrupt", self._jobs[worker])
-
-    def dismiss(self, worker: int) -> None:
-        """Kill a worker, see `Crew`."""
-        self._forget(worker)
-        actor = self._actors.pop(worker, None)
-        if actor is None or not self._ray.is_initialized():  # it has ended, and a call would start another one
-            return
-        with contextlib.suppress(Exception):  # the cluster may be gone
-            self._ray.kill(actor, no_restart=True)
-        node, process = self._processes.pop(worker, ("", 0))
-        if process and node == self._node:
-            _end(process)
-
-    def share(self, worker: int) -> float:
-        """How much of its job a worker has done, see `Crew`."""
-        return self._shares.get(worker, 0.0)
-
-    def shortage(self) -> str:
-        """What the workers that are starting wait for, see `Crew`."""
-        asked = {"CPU": self._options["num_cpus"], "GPU": self._options["num_gpus"]}
-        wanted = {kind: number for kind, number in asked.items() if number}
-        self._check_node()
-        with self._reached():
-            answers = [actor.here.remote() for actor in self._actors.values()]
-            if not wanted or not answers or self._ray.wait(answers, timeout=PLACE_SECONDS)[0]:
-                return ""
-            if not any(node["Alive"] for node in self._ray.nodes()):
-                return "the cluster has no machine left"
-            free = self._ray.available_resources()
-        needed = " and ".join(counted(number, kind) for kind, number in wanted.items())
-        left = " and ".join(counted(int(free.get(kind, 0)), kind) for kind in wanted)
-        return f"each needs {needed}, and the cluster has {left} free"
-
-    def hear(self, seconds: float) -> list[News]:
-        """What has happened, see `Crew`."""
-        if not self._calls:  # every worker is lost, and its place is taken later
-            time.sleep(seconds)
-            return []
-        with self._reached():
-            self._ray.wait(list(self._calls), timeout=seconds)
-            ready, _ = self._ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
-        news: list[News] = []
-        for call in ready:
-            if call in self._calls:  # a worker that is lost has several
-                news += self._news(call, *self._calls.pop(call))
-        return news
-
-    def _news(self, call: Any, worker: int, about: str) -> list[News]:
-        try:
-            with self._reached():
-                kind, content, lines = self._ray.get(call)
-        except WorkerError:
-            raise
-        except Exception as error:  # all that the worker raises comes as an answer
-            self._forget(worker)
-            if about == "load" and "ray::_Worker" in str(error):  # Python said so: nothing has ended the process
-                return [Failed(worker, _cannot_begin(error))]
-            self._check_node()
-            return [Lost(worker, _why(error))]
-        for line in lines:
-            self._on_line(f"[{worker + 1}] {line}")
-        if about == "watch":
-            self._shares[worker] = content
-            if any(of == worker and kind == "work" for of, kind in self._calls.values()):
-                self._watch(worker)
-            return []
-        if kind == "failed":
-            return [Failed(worker, content)]
-        if about == "load":
-            self._processes[worker] = content
-            return [Ready(worker)]
-        return [Answered(worker, content)]
-
-    def _watch(self, worker: int) -> None:
-        if (worker, "watch") not in self._calls.values():
-            self._calls[self._actors[worker].call.remote("watch")] = worker, "watch"
-
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Call Ray; raises ``WorkerError`` where its connection is lost: left to itself, Ray would join any cluster."""
-        lost = _connection_lost()
-        if not self._ray.is_initialized():
-            raise lost
-        try:
-            yield
-        except Exception as error:
-            if not self._is_client or isinstance(error, self._ray.exceptions.RayError):
-                raise
-            raise lost from error  # before Ray's client counts as disconnected
-
-    def _check_node(self) -> None:
-        """Raise ``WorkerError`` where Ray has ended on this machine: no worker would start any more, without a word."""
-        with self._reached():
-            if self._node is not None and not any(n["Alive"] for n in self._ray.nodes() if n["NodeID"] == self._node):
-                raise _connection_lost()
-
-    def _forget(self, worker: int) -> None:
-        self._calls = {call: of for call, of in self._calls.items() if of[0] != worker}
-        self._jobs.pop(worker, None)
-
-
-def _connection_lost() -> WorkerError:
-    return WorkerError("the connection to the Ray cluster is lost", hint=KEPT)
-
-
-def _why(error: Exception) -> str:
-    text = str(error)
-    if "node has died" in text or "node is dead" in text:
-        return "was lost with its machine"
-    if "low on memory" in text:
-        return "was ended because its machine ran low on memory"
-    return "ended unexpectedly (killed, or out of memory)"
-
-
-def _cannot_begin(error: Exception) -> WorkerError:
-    said = str(error).strip().splitlines()[-1]
-    address = re.search(r"\bip=([\w.:]+)", str(error))  # ray::_Worker.load() (pid=4711, ip=10.0.0.2, ...
-    return WorkerError(
-        f"a worker cannot begin on {address[1] if address else 'its machine'}: {said}",
-        hint="All machines need the same environment: the same ffgym with the extra 'ray', see docs/scale.md.",
-    )
-
-
-def _end(process: int) -> None:
-    """Kill a process that was asked to end and has not, as it cannot where it is stopped.
-
-    If a worker were killed before, Ray would print that it has died.
-    """
-    try:
-        psutil.Process(process).wait(END_SECONDS)
-    except psutil.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    except psutil.Error:
-        pass
-
-
-def _actor() -> type:
-    """The class that Ray is given. A class in a function is sent whole, so that a worker need not import ffgym for it.
-
-    It does so once its variables are set: huggingface_hub reads ``HF_HOME`` when it is imported.
-    """
-
-    class _Worker:
-        def load(self, make: bytes, threads: int, settings: dict[str, str], folder: str) -> Reply:
-            for name in [name for name in os.environ if name.startswith(SENT)]:
-                del os.environ[name]
-            os.environ.update(settings)
-            from ffgym.execute.ray import _Process
-
-            self.process = _Process()
-            return self.process.load(pickle.loads(make), threads, folder)
-
-        def call(self, method: str, *arguments: Any) -> Any:
-            return getattr(self.process, method)(*arguments)
-
-        def here(self) -> None:
-            """Answer at once, even while the model is being loaded."""
-
-    return _Worker
-
-
-class _Process:
-    """A worker's process: one thread does its jobs, and a second one reports how far it is."""
-
-    def __init__(self) -> None:
-        self._lines = _Lines()
-        self._lock, self._changed = threading.Lock(), threading.Event()
-        self._job, self._thread, self._share, self._threads = 0, 0, 0.0, 1
-
-    def load(self, make: Make, threads: int, folder: str) -> Reply:
-        """Get ready for jobs; the content is where the process is, (node, process id)."""
-        import ray
-
-        with contextlib.suppress(OSError):  # a machine that has no such folder may not need it
-            os.chdir(folder)
-        torch.set_num_threads(threads)
-        self._threads = threads
-        try:
-            self._do = make(Reporter(Console(file=cast("TextIO", self._lines), force_terminal=False)))
-        except Exception as error:
-            return "failed", _portable(error), self._lines.taken()
-        return "loaded", (ray.get_runtime_context().get_node_id(), os.getpid()), self._lines.taken()
-
-    def work(self, number: int, job: Any) -> Reply:
-        """Do a job; the content is the answer, or ``None`` where it was interrupted."""
-        torch.set_num_threads(self._threads)  # Ray may have loaded in another thread
-        kind, content = "done", None
-        try:
-            try:
-                with self._lock:
-                    self._job, self._thread, self._share = number, threading.get_ident(), 0.0
-                content = self._do(job, self._advance)
-            except Exception as error:
-                kind, content = "failed", _portable(error)
-            finally:
-                with self._lock:  # an interrupt comes before, as late as here, or not at all
-                    self._thread = 0
-                    _raise_in(threading.get_ident(), None)
-        except KeyboardInterrupt:
-            kind, content = "done", None
-        finally:
-            self._changed.set()
-        return kind, content, self._lines.taken()
-
-    def watch(self) -> Reply:
-        """Wait a moment for the job to end; the content is the share of it that is done."""
-        self._changed.wait(WATCH_SECONDS)
-        self._changed.clear()
-        return "share", self._share, self._lines.taken()
-
-    def interrupt(self, number: int) -> None:
-        """Raise ``KeyboardInterrupt`` in the thread that does this job, unless it does another one by now."""
-        with self._lock:
-            if self._thread and self._job == number:
-                _raise_in(self._thread, KeyboardInterrupt)
-                self._thread = 0  # a second interrupt would come while the first one is handled
-
-    def _advance(self, share: float) -> None:
-        self._share = share
-
-
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    """Have a thread raise an exception in its next steps; ``None`` takes back one that it has not raised yet."""
-    raised = None if kind is None else ctypes.py_object(kind)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised)
-
-
-def _portable(error: Exception) -> Exception:
-    """The exception as it can be sent: it names the machine, and has its traceback unless it was raised on purpose."""
-    where = f"a worker on {socket.gethostname()}"
-    if not isinstance(error, FFGymError) or error.__cause__ is not None:
-        error.add_note(f"in {where}:\n{traceback.format_exc()}")
-    if isinstance(error, FFGymError) and not isinstance(error, WorkerError):  # which names it already
-        error.message = f"{where}: {error.message}"
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-    return error
-
-
-class _Lines(io.TextIOBase):
-    """A text file that keeps complete lines until they are taken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: list[str] = []
-        self._rest = ""
-
-    def write(self, text: str) -> int:
-        """Add text to the lines."""
-        *lines, self._rest = (self._rest + text).split("\n")
-        self._lines += lines
-        return len(text)
-
-    def taken(self) -> list[str]:
-        """The lines since the last call, which may come from another thread."""
-        return [self._lines.pop(0) for _ in range(len(self._lines))]

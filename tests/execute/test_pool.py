@@ -16,7 +16,7 @@ import pytest
 from ffgym.errors import WorkerError
 from ffgym.evaluation.evaluator import Request
 from ffgym.execute.pool import Failed, Lost, News, Pool
-from ffgym.execute.ray import RayCrew
+from ffgym.execute.ray_crew import RayCrew
 from ffgym.execute.shares import Shares, Speeds
 from ffgym.types import Evaluation
 

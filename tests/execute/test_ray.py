@@ -22,7 +22,8 @@ from rich.console import Console
 import ffgym
 from ffgym.errors import ModelError, WorkerError
 from ffgym.evaluation.evaluator import Request
-from ffgym.execute.ray import Cluster, RayExecutor, Workers, connected, measuring
+from ffgym.execute.executor import PoolExecutor, measuring
+from ffgym.execute.ray import Cluster, Workers, connected
 from ffgym.plugins import discovery
 from ffgym.prepare.workers import EvaluatorMaker
 
@@ -48,7 +49,7 @@ def ray_here() -> Iterator[None]:
         ray.shutdown()
 
 
-class Standins(RayExecutor):
+class Standins(PoolExecutor):
     """Two workers, which take seconds to start and so are shared; what they are asked to do is in their folder."""
 
     def __init__(self, cluster: Cluster, folder: Path, said: list[str]) -> None:
@@ -85,7 +86,7 @@ ASKED = [Request(DENSE, (0,)), *(Request((i, i), (0,)) for i in range(1, 6))]
 LOSSES = [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
 
 
-def losses(executor: RayExecutor, asked: list[Request] = ASKED) -> list[float]:
+def losses(executor: PoolExecutor, asked: list[Request] = ASKED) -> list[float]:
     return [evaluation.loss for evaluation in executor.measure(asked)]
 
 
